@@ -56,7 +56,7 @@ class ToolCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """A tool that the model may call. `parameters` is a JSON schema; `kind="interpreter"` declares a code interpreter."""
+    """A tool that the model may call; `parameters` is a JSON schema. `kind="interpreter"` declares an interpreter."""
 
     name: str
     description: str = ""
@@ -127,7 +127,11 @@ class Message:
             raise RequestError(problems("message", found))
         call_id = value.get("tool_call_id")
         return cls(
-            role=str(role), content=content, name=name, tool_calls=calls, tool_call_id=None if call_id is None else str(call_id)
+            role=str(role),
+            content=content,
+            name=name,
+            tool_calls=calls,
+            tool_call_id=None if call_id is None else str(call_id),
         )
 
 
@@ -139,7 +143,11 @@ def _content(value: object, found: list[str]) -> str:
     if isinstance(value, Sequence):
         texts = []
         for part in value:
-            if isinstance(part, Mapping) and part.get("type") in ("text", "input_text") and isinstance(part.get("text"), str):
+            if (
+                isinstance(part, Mapping)
+                and part.get("type") in ("text", "input_text")
+                and isinstance(part.get("text"), str)
+            ):
                 texts.append(part["text"])
             else:
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -313,7 +321,11 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One finished reply. `seed` is the one that was used, given or drawn; `index` tells the n replies to one prompt apart."""
+    """One finished reply.
+
+    `seed` is the one that was used, given or drawn; `index` tells the n replies to one prompt apart; `stop` is the
+    text or the id that ended the reply.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -388,7 +400,7 @@ class Tokenizer(Protocol):
     def token_id(self, piece: str) -> int | None:
         """The id of exactly this piece or special token, or None."""
 
-    def token_text(self, id: int) -> str:
+    def token_text(self, token: int) -> str:
         """How a single token reads, special or not; unprintable bytes as U+FFFD."""
 
     def detokenizer(self, *, skip_special: bool = True) -> Detokenizer: ...

@@ -1,0 +1,91 @@
+"""One line a family: which file reads its configuration and builds its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from hanlin.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from hanlin.layers.attend import Attend
+    from hanlin.layers.rope import Positions
+    from hanlin.models.config import DecoderConfig
+
+__all__ = ["FAMILIES", "Decoder", "Family", "build", "family_of", "read_config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A row of the table of supported models.
+
+    Attributes:
+        module, cls: where the model stands, beside `read_config`.
+        released: the checkpoints of this kind, for people.
+        gguf: the architecture names under which GGUF files hold it.
+    """
+
+    module: str
+    cls: str
+    released: str
+    gguf: tuple[str, ...] = ()
+
+
+FAMILIES: Mapping[str, Family] = {
+    "internlm2": Family(
+        module="hanlin.models.internlm2",
+        cls="InternLM2ForCausalLM",
+        released="InternLM2 and InternLM2.5: 1.8B, 7B, 20B; base, chat, chat-1M, math",
+        gguf=("internlm2",),
+    ),
+    "internlm": Family(
+        module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM 7B, 20B; base, chat, chat-8k"
+    ),
+    "internlm3": Family(module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B"),
+    "llama": Family(
+        module="hanlin.models.llama", cls="LlamaForCausalLM", released="Llama 1 to 3, SmolLM2", gguf=("llama",)
+    ),
+    "qwen2": Family(module="hanlin.models.llama", cls="LlamaForCausalLM", released="Qwen2, Qwen2.5", gguf=("qwen2",)),
+}
+
+
+class Decoder(Protocol):
+    """What every family's model is: `model(ids, positions, attend)` and `model.head(rows)`."""
+
+    config: DecoderConfig
+
+    def __call__(self, ids: Tensor, positions: Positions, attend: Attend) -> Tensor: ...
+
+    def head(self, rows: Tensor) -> Tensor: ...
+
+
+def family_of(model_type: object) -> Family:
+    """The row of `model_type`.
+
+    Raises:
+        ConfigError: for a family that is not here, with the list of those that are.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(f"model_type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[model_type]
+
+
+def read_config(values: Mapping[str, Any]) -> DecoderConfig:
+    """Read a `config.json` by its `model_type`; `auto_map` is ignored, always."""
+    family = family_of(values.get("model_type"))
+    return cast("DecoderConfig", import_module(family.module).read_config(values))
+
+
+def build(config: DecoderConfig, *, dtype: torch.dtype) -> nn.Module:
+    """The family's model on the meta device: shapes and dtypes, no memory."""
+    import torch
+
+    family = family_of(config.model_type)
+    with torch.device("meta"):
+        model = getattr(import_module(family.module), family.cls)(config)
+    return cast("nn.Module", model.to(dtype).eval().requires_grad_(False))
