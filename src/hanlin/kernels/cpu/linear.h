@@ -1,0 +1,64 @@
+// Matrix products over packed weights. See hanlin_cpu.h for the layouts and the promise.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hanlin_cpu.h"
+#include "pool.h"
+
+namespace hl {
+
+// In what form a weight kind wants its input rows.
+enum class Act : int32_t { f32, bf16, int8 };
+
+inline Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind == HL_BF16 ? Act::bf16 : Act::int8; }
+
+// 32 inputs rounded to int8: x = scale * q. The sums let weights be stored unsigned.
+struct ActGroup {
+  float scale;
+  int32_t neg_sum;    // -(q[0] + ... + q[31])
+  float scaled_sum;   // scale * (q[0] + ... + q[31])
+  float unused;
+  int8_t q[32];
+};
+static_assert(sizeof(ActGroup) == 48, "kernels count on it");
+
+// Bytes of one prepared row; a multiple of 64. A buffer of prepared rows is aligned to 64.
+inline int64_t act_stride(Act act, int64_t in) {
+  const int64_t bytes = act == Act::f32 ? in * 4 : act == Act::bf16 ? (in + 1) / 2 * 4 : (in + 31) / 32 * int64_t(sizeof(ActGroup));
+  return (bytes + 63) / 64 * 64;
+}
+
+inline int64_t tiles_of(const hl_weight& w) { return (w.out + HL_TILE - 1) / HL_TILE; }
+
+// What happens to a product before it is written; see HL_ADD and friends.
+struct Epilogue {
+  float* y;             // row r starts at y + r * ldy
+  int64_t ldy;
+  const float* bias;    // (out,) or nullptr
+  int32_t flags;
+};
+
+// One instruction set's kernels; all noexcept, callable from any thread.
+struct LinearKernels {
+  // x (in,) into one prepared row. Bytes between `in` and the stride are filled with zeros.
+  void (*prepare)(Act act, const float* x, int64_t in, void* row);
+
+  // Output tiles [tile0, tile1) of a product of `rows` prepared rows, `stride` bytes apart. The caller shares tiles out among threads
+  // (Team::split(tiles_of(w))); any split, and any split of the rows, gives the same bits.
+  void (*product)(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out);
+
+  // Row `index` of the weight as `in` floats.
+  void (*unpack)(const hl_weight& w, int64_t index, float* x);
+};
+
+// The whole product as one piece of a team's work: prepares x into `scratch` (rows * act_stride bytes), meets at a barrier, multiplies.
+// No barrier at the end.
+void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows, void* scratch,
+            const Epilogue& out);
+
+// nullptr, or what is wrong with the description of a weight (not its contents).
+const char* weight_problem(const hl_weight& w);
+
+}  // namespace hl

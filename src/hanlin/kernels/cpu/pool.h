@@ -1,0 +1,57 @@
+// A thread pool whose threads run one body together, with barriers inside it ("single program, multiple data").
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+namespace hl {
+
+struct Range {
+  int64_t begin, end;
+};
+
+class Pool;
+
+// One thread's view of the running body.
+struct Team {
+  int rank = 0, size = 1;
+  Pool* pool = nullptr;
+
+  // Waits until every thread of the team is here; what they wrote before is then visible to all.
+  void barrier() const;
+
+  // This thread's share of 0..n: contiguous, in units of `grain`, as even as those allow. It depends on nothing but its arguments.
+  Range split(int64_t n, int64_t grain = 1) const {
+    const int64_t units = (n + grain - 1) / grain;
+    const int64_t begin = units * rank / size * grain, end = units * (rank + 1) / size * grain;
+    return {begin < n ? begin : n, end < n ? end : n};
+  }
+};
+
+// `run` wakes the workers and is rank 0 itself. Idle workers spin for a short while, then sleep in the kernel, so they do not fight
+// with other pools of the process. Calls from several threads wait for one another. After fork() the child starts its own workers.
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const;
+
+  // body(const Team&) on every thread; it must not throw and must not call run().
+  template <class Body>
+  void run(const Body& body) {
+    run_erased([](const void* b, const Team& team) { (*static_cast<const Body*>(b))(team); }, &body);
+  }
+
+ private:
+  friend struct Team;
+  struct State;
+  using Erased = void (*)(const void*, const Team&);
+  void run_erased(Erased call, const void* body);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace hl
