@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from hanlin.errors import ConfigError, problems
 
 __all__ = ["Positions", "Rope", "RopeConfig", "Rotation", "rotate"]
 
-Kind = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "none": (),
     "linear": ("factor",),
@@ -51,7 +50,7 @@ class RopeConfig:
     dims: int
     base: float
     max_positions: int
-    kind: Kind = "none"
+    kind: str = "none"
     numbers: Mapping[str, float] = field(default_factory=dict)
     interleaved: bool = False
 

@@ -1,0 +1,108 @@
+"""Which stored tensors make up which parameter, for each file format. Rows only move or join, so that quantised rows can too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from hanlin.models.config import DecoderConfig
+
+__all__ = ["IGNORED", "Recipe", "plain", "recipes"]
+
+Rows = TypeVar("Rows", Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.generic]]")
+
+# Tables that old converters stored beside the weights; they are computed here.
+IGNORED = re.compile(r"(^|\.)rotary_(emb|pos_emb)\.(inv_freq|cos_cached|sin_cached)$")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parameter out of stored tensors of whole rows.
+
+    Attributes:
+        sources: the stored names.
+        heads: for each source, the number of heads whose rotary pairs GGUF has interleaved; 0 for none.
+        groups: > 0: join the sources group by group (InternLM2's fused projection has one group a kv head).
+    """
+
+    sources: tuple[str, ...]
+    heads: tuple[int, ...]
+    groups: int = 0
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """The parameter's rows; works alike on dense rows and on raw bytes of quantised rows."""
+        parts = [unpermute(t, h) if h else t for t, h in zip(tensors, self.heads, strict=True)]
+        if not self.groups:
+            (only,) = parts
+            return only
+        grouped = [t.reshape(self.groups, t.shape[0] // self.groups, *t.shape[1:]) for t in parts]
+        import torch
+
+        return torch.cat(grouped, 1).flatten(0, 1)
+
+
+def unpermute(rows: Tensor, heads: int) -> Tensor:
+    """From pairs (0,1),(2,3)... to halves: (heads * K, ...) -> the same."""
+    size = rows.shape[0] // heads
+    return rows.reshape(heads, size // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def plain(name: str) -> Recipe:
+    """A parameter that is stored under its own name."""
+    return Recipe((name,), (0,))
+
+
+_GGUF_LLAMA = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_INTERNLM2 = {
+    "model.tok_embeddings": "token_embd",
+    "model.norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def recipes(parameters: Mapping[str, object], config: DecoderConfig, *, gguf: bool, permuted: bool) -> dict[str, Recipe]:
+    """For every parameter name its recipe."""
+    if not gguf:
+        return {name: plain(name) for name in parameters}
+    table = _GGUF_INTERNLM2 if config.model_type == "internlm2" else _GGUF_LLAMA
+    find: Callable[[str], Recipe] = lambda name: _gguf(name, table, config, permuted)  # noqa: E731
+    return {name: find(name) for name in parameters}
+
+
+def _gguf(name: str, table: Mapping[str, str], config: DecoderConfig, permuted: bool) -> Recipe:
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        stem, _, kind = name.rpartition(".")
+        return plain(f"{table[stem]}.{kind}")
+    layer, part, kind = match.groups()
+    q, k = (config.num_heads, config.num_kv_heads) if permuted else (0, 0)
+    if part == "attention.wqkv":
+        sources = tuple(f"blk.{layer}.attn_{letter}.{kind}" for letter in "qkv")
+        return Recipe(sources, (q, k, 0), groups=config.num_kv_heads)
+    heads = {"self_attn.q_proj": q, "self_attn.k_proj": k}.get(part, 0)
+    return Recipe((f"blk.{layer}.{table[part]}.{kind}",), (heads,))

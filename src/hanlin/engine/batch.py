@@ -1,0 +1,74 @@
+"""One step's work as plain arrays, the same for every runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hanlin.engine.scheduler import Scheduled
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """T packed tokens of S sequences.
+
+    Attributes:
+        ids: (T,) int32.
+        positions: (P, T) int64.
+        rope_lengths: (T,) int64, 0 where nothing depends on it; None when that is so everywhere.
+        slots: (T,) int64, where in the pool each token's key and value go: block * block_size + place.
+        query_start: (S + 1,) int32, where each sequence's tokens start in the packed row.
+        context: (S,) int32, keys of each sequence, this step's included.
+        block_table: (S, most blocks) int32, padded with 0.
+        prefix_lens: (S,) int32, keys that see each other both ways.
+        rows: (R,) int32, the packed rows whose logits are wanted.
+    """
+
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    rope_lengths: NDArray[np.int64] | None
+    slots: NDArray[np.int64]
+    query_start: NDArray[np.int32]
+    context: NDArray[np.int32]
+    block_table: NDArray[np.int32]
+    prefix_lens: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    block_size: int
+
+    @classmethod
+    def build(cls, scheduled: Scheduled, block_size: int) -> Batch:
+        """Lay out what the scheduler chose; logits are wanted of every scored row and of rows that end the known text."""
+        counts = [n for _, n in scheduled]
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        ids: list[int] = []
+        slots, positions, rows, lengths = [], [], [], []
+        table = np.zeros((len(scheduled), max(len(s.blocks) for s, _ in scheduled)), np.int32)
+        for index, (sequence, count) in enumerate(scheduled):
+            first, last = sequence.computed, sequence.computed + count
+            ids += sequence.tokens(first, last)
+            table[index, : len(sequence.blocks)] = sequence.blocks
+            place = np.arange(first, last)
+            slots.append(table[index, place // block_size].astype(np.int64) * block_size + place % block_size)
+            positions.append(sequence.positions(first, last))
+            lengths.append(np.full(count, sequence.rope_length, np.int64))
+            if sequence.score_prompt:
+                rows.append(np.arange(starts[index], starts[index + 1]))
+            elif last == len(sequence):
+                rows.append(starts[index + 1 : index + 2] - 1)
+        rope = np.concatenate(lengths)
+        return cls(
+            ids=np.asarray(ids, np.int32),
+            positions=np.concatenate(positions, axis=1),
+            rope_lengths=rope if rope.any() else None,
+            slots=np.concatenate(slots),
+            query_start=starts,
+            context=np.asarray([s.computed + n for s, n in scheduled], np.int32),
+            block_table=table,
+            prefix_lens=np.asarray([s.prefix_len for s, _ in scheduled], np.int32),
+            rows=np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32),
+            block_size=block_size,
+        )

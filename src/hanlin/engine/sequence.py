@@ -1,0 +1,125 @@
+"""One request's tokens and state; what is odd about its family is data here, not code elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hanlin.types import FinishReason, SamplingParams
+
+__all__ = ["PositionRule", "Sampled", "Sequence", "Sink", "Status", "arange_positions"]
+
+PositionRule = Callable[[int, int], "NDArray[np.int64]"]
+
+
+def arange_positions(start: int, stop: int) -> NDArray[np.int64]:
+    """Positions of tokens start..stop of an ordinary causal model, (1, stop - start)."""
+    return np.arange(start, stop, dtype=np.int64)[None]
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token, its log-probability under the model's own distribution, and the best alternatives."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sink(Protocol):
+    """Who receives a sequence's tokens. Called from the engine's thread; must not block."""
+
+    def token(self, sampled: Sampled) -> str | None:
+        """A new token. Returns the stop text that it completed, to end the sequence there, or None."""
+
+    def finish(self, sequence: Sequence) -> None:
+        """No more tokens; `sequence.finish_reason`, `sequence.stop` and the times are set."""
+
+    def error(self, error: BaseException) -> None:
+        """The sequence failed; no more calls follow."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """
+    Attributes:
+        prompt: the given ids.
+        stop_ids: ids that end it; empty when `ignore_eos` and no stop ids were asked for.
+        bad_ids: id sequences that must not appear.
+        seed: of the random numbers; one number is drawn for each (seed, place).
+        positions: the family's rule; `prefix_len` first tokens see each other both ways and are computed in one step.
+        rope_length: what fixes dynamic RoPE, see `RopeConfig.dynamic_length`.
+        salt: sequences share cached blocks only with equal salts.
+        score_prompt: report the log-probability of every prompt token.
+        follows: start only after this one has computed its prompt, to find it in the cache.
+        blocks: the pool's blocks that hold its keys and values.
+        computed: tokens whose keys and values are in the pool.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    sink: Sink
+    stop_ids: frozenset[int] = frozenset()
+    bad_ids: tuple[tuple[int, ...], ...] = ()
+    seed: int = 0
+    positions: PositionRule = arange_positions
+    prefix_len: int = 0
+    rope_length: int = 0
+    salt: bytes = b""
+    score_prompt: bool = False
+    follows: Sequence | None = None
+
+    status: Status = Status.WAITING
+    generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    computed: int = 0
+    cached: int = 0
+    preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop: str | int | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    def __len__(self) -> int:
+        """Tokens known so far: prompt and generated."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not computed yet; 1 while decoding."""
+        return len(self) - self.computed
+
+    @property
+    def samples_next(self) -> bool:
+        """Whether it still generates, rather than being scored only."""
+        return not self.score_prompt
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Known tokens start..stop."""
+        border = len(self.prompt)
+        if stop <= border:
+            return list(self.prompt[start:stop])
+        if start >= border:
+            return self.generated[start - border : stop - border]
+        return [*self.prompt[start:], *self.generated[: stop - border]]
+
+    def ready(self) -> bool:
+        """Whether it need not wait for the sequence that it follows."""
+        first = self.follows
+        return first is None or first.status is Status.FINISHED or first.computed >= len(first.prompt)
