@@ -105,8 +105,7 @@ typedef enum hl_source {
   HL_SRC_BF16 = 2,
   HL_SRC_Q4_0 = 3,   /* GGUF blocks, lossless: into HL_INT4 group 32 */
   HL_SRC_Q4_1 = 4,   /* into HL_INT4_MIN group 32 */
-  HL_SRC_Q8_0 = 5,   /* into HL_INT8 group 32 */
-  HL_SRC_CODES = 6   /* uint8 codes (rows, in) with scales and zeros apart, see hl_pack_codes */
+  HL_SRC_Q8_0 = 5    /* into HL_INT8 group 32 */
 } hl_source;
 
 /* Put `rows` rows of a source into a weight, quantising by rounding to nearest where the kind asks for it.

@@ -1,4 +1,6 @@
 // Matrix products over packed weights. See hanlin_cpu.h for the layouts and the promise.
+//
+// Helpers here are `static`: files compiled for different instruction sets include them, and must not share one copy.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +14,7 @@ namespace hl {
 // In what form a weight kind wants its input rows.
 enum class Act : int32_t { f32, bf16, int8 };
 
-inline Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind == HL_BF16 ? Act::bf16 : Act::int8; }
+static inline Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind == HL_BF16 ? Act::bf16 : Act::int8; }
 
 // 32 inputs rounded to int8: x = scale * q. The sums let weights be stored unsigned.
 struct ActGroup {
@@ -25,12 +27,29 @@ struct ActGroup {
 static_assert(sizeof(ActGroup) == 48, "kernels count on it");
 
 // Bytes of one prepared row; a multiple of 64. A buffer of prepared rows is aligned to 64.
-inline int64_t act_stride(Act act, int64_t in) {
+static inline int64_t act_stride(Act act, int64_t in) {
   const int64_t bytes = act == Act::f32 ? in * 4 : act == Act::bf16 ? (in + 1) / 2 * 4 : (in + 31) / 32 * int64_t(sizeof(ActGroup));
   return (bytes + 63) / 64 * 64;
 }
 
-inline int64_t tiles_of(const hl_weight& w) { return (w.out + HL_TILE - 1) / HL_TILE; }
+static inline bool is_grouped(int32_t kind) { return kind >= HL_INT8; }
+static inline bool is_int4(int32_t kind) { return kind >= HL_INT4; }
+static inline bool has_offsets(int32_t kind) { return kind >= HL_INT4_MIN; }
+
+static inline int64_t tiles_of(const hl_weight& w) { return (w.out + HL_TILE - 1) / HL_TILE; }
+
+// Bytes of 32 inputs x 32 outputs of codes, of the scales (and zeros) before a group's codes, of a group, and of a tile.
+static inline int64_t sub_bytes(int32_t kind) { return is_int4(kind) ? 512 : 1024; }
+static inline int64_t group_header(int32_t kind) { return has_offsets(kind) ? 128 : 64; }
+static inline int64_t group_bytes(int32_t kind, int32_t group) { return group_header(kind) + group / 32 * sub_bytes(kind); }
+static inline int64_t tile_bytes(const hl_weight& w) {
+  switch (w.kind) {
+    case HL_F32: return w.in * HL_TILE * 4;
+    case HL_BF16: return (w.in + 1) / 2 * HL_TILE * 4;
+    case HL_INT8_ROW: return HL_TILE * 4 + (w.in + 31) / 32 * sub_bytes(w.kind);
+    default: return w.in / w.group * group_bytes(w.kind, w.group);
+  }
+}
 
 // What happens to a product before it is written; see HL_ADD and friends.
 struct Epilogue {
@@ -48,9 +67,6 @@ struct LinearKernels {
   // Output tiles [tile0, tile1) of a product of `rows` prepared rows, `stride` bytes apart. The caller shares tiles out among threads
   // (Team::split(tiles_of(w))); any split, and any split of the rows, gives the same bits.
   void (*product)(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out);
-
-  // Row `index` of the weight as `in` floats.
-  void (*unpack)(const hl_weight& w, int64_t index, float* x);
 };
 
 // The whole product as one piece of a team's work: prepares x into `scratch` (rows * act_stride bytes), meets at a barrier, multiplies.

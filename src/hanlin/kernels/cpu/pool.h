@@ -22,15 +22,12 @@ struct Team {
   void barrier() const;
 
   // This thread's share of 0..n: contiguous, in units of `grain`, as even as those allow. It depends on nothing but its arguments.
-  Range split(int64_t n, int64_t grain = 1) const {
-    const int64_t units = (n + grain - 1) / grain;
-    const int64_t begin = units * rank / size * grain, end = units * (rank + 1) / size * grain;
-    return {begin < n ? begin : n, end < n ? end : n};
-  }
+  Range split(int64_t n, int64_t grain = 1) const;
 };
 
 // `run` wakes the workers and is rank 0 itself. Idle workers spin for a short while, then sleep in the kernel, so they do not fight
-// with other pools of the process. Calls from several threads wait for one another. After fork() the child starts its own workers.
+// with other pools of the process. One caller at a time (hl_ctx sees to that). After fork() the child starts its own workers at its first
+// run. Denormals and rounding are IEEE's inside a body, whatever the caller's thread has set.
 class Pool {
  public:
   explicit Pool(int threads);

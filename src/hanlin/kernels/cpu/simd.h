@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #if defined(__GNUC__)
@@ -52,7 +54,11 @@ HL_INLINE F from_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
 HL_INLINE I set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
 HL_INLINE I addi(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 HL_INLINE I andi(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+HL_INLINE I ori(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 HL_INLINE I maxi(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+HL_INLINE I nan_lanes(F a) {  // all ones where NaN, else 0
+  return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), -1)};
+}
 template <int N> HL_INLINE I shl(I a) { return {_mm512_slli_epi32(a.v, N)}; }
 template <int N> HL_INLINE I shr(I a) { return {_mm512_srai_epi32(a.v, N)}; }  // arithmetic
 HL_INLINE I load_i8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
@@ -103,8 +109,12 @@ HL_INLINE F from_bits(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256
 HL_INLINE I set1i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 HL_INLINE I addi(I a, I b) { return HL_2(_mm256_add_epi32, a, b); }
 HL_INLINE I andi(I a, I b) { return HL_2(_mm256_and_si256, a, b); }
+HL_INLINE I ori(I a, I b) { return HL_2(_mm256_or_si256, a, b); }
 HL_INLINE I maxi(I a, I b) { return HL_2(_mm256_max_epi32, a, b); }
 #undef HL_2
+HL_INLINE I nan_lanes(F a) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q)), _mm256_castps_si256(_mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))};
+}
 template <int N> HL_INLINE I shl(I a) { return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)}; }
 template <int N> HL_INLINE I shr(I a) { return {_mm256_srai_epi32(a.lo, N), _mm256_srai_epi32(a.hi, N)}; }
 HL_INLINE __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
@@ -129,7 +139,82 @@ HL_INLINE void store_u16(uint16_t* p, I a) {
   for (int i = 0; i < 16; i++) p[i] = static_cast<uint16_t>(t[i]);
 }
 
-#else  // plain loops, which compilers turn into the vectors they know (NEON, SSE2)
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+struct F { float32x4_t v[4]; };
+struct I { int32x4_t v[4]; };
+
+#define HL_EACH(T, expression)                      \
+  T r;                                              \
+  for (int i = 0; i < 4; i++) r.v[i] = (expression); \
+  return r
+HL_INLINE F set1(float x) { HL_EACH(F, vdupq_n_f32(x)); }
+HL_INLINE F load(const float* p) { HL_EACH(F, vld1q_f32(p + 4 * i)); }
+HL_INLINE void store(float* p, F a) {
+  for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]);
+}
+HL_INLINE F load(const float* p, int n) {
+  float t[16] = {};
+  memcpy(t, p, sizeof(float) * static_cast<size_t>(n));
+  return load(t);
+}
+HL_INLINE void store(float* p, F a, int n) {
+  float t[16];
+  store(t, a);
+  memcpy(p, t, sizeof(float) * static_cast<size_t>(n));
+}
+HL_INLINE F add(F a, F b) { HL_EACH(F, vaddq_f32(a.v[i], b.v[i])); }
+HL_INLINE F sub(F a, F b) { HL_EACH(F, vsubq_f32(a.v[i], b.v[i])); }
+HL_INLINE F mul(F a, F b) { HL_EACH(F, vmulq_f32(a.v[i], b.v[i])); }
+HL_INLINE F div(F a, F b) { HL_EACH(F, vdivq_f32(a.v[i], b.v[i])); }
+HL_INLINE F fma(F a, F b, F c) { HL_EACH(F, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+HL_INLINE F max(F a, F b) { HL_EACH(F, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+HL_INLINE F min(F a, F b) { HL_EACH(F, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+HL_INLINE F floor(F a) { HL_EACH(F, vrndmq_f32(a.v[i])); }
+HL_INLINE I to_int(F a) { HL_EACH(I, vcvtnq_s32_f32(a.v[i])); }
+HL_INLINE F to_float(I a) { HL_EACH(F, vcvtq_f32_s32(a.v[i])); }
+HL_INLINE I bits(F a) { HL_EACH(I, vreinterpretq_s32_f32(a.v[i])); }
+HL_INLINE F from_bits(I a) { HL_EACH(F, vreinterpretq_f32_s32(a.v[i])); }
+HL_INLINE I set1i(int32_t x) { HL_EACH(I, vdupq_n_s32(x)); }
+HL_INLINE I addi(I a, I b) { HL_EACH(I, vaddq_s32(a.v[i], b.v[i])); }
+HL_INLINE I andi(I a, I b) { HL_EACH(I, vandq_s32(a.v[i], b.v[i])); }
+HL_INLINE I ori(I a, I b) { HL_EACH(I, vorrq_s32(a.v[i], b.v[i])); }
+HL_INLINE I maxi(I a, I b) { HL_EACH(I, vmaxq_s32(a.v[i], b.v[i])); }
+HL_INLINE I nan_lanes(F a) { HL_EACH(I, vreinterpretq_s32_u32(vmvnq_u32(vceqq_f32(a.v[i], a.v[i])))); }
+template <int N> HL_INLINE I shl(I a) { HL_EACH(I, vshlq_n_s32(a.v[i], N)); }
+template <int N> HL_INLINE I shr(I a) { HL_EACH(I, vshrq_n_s32(a.v[i], N)); }
+#undef HL_EACH
+HL_INLINE I load_i8(const int8_t* p) {
+  const int8x16_t b = vld1q_s8(p);
+  const int16x8_t lo = vmovl_s8(vget_low_s8(b)), hi = vmovl_s8(vget_high_s8(b));
+  return {{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}};
+}
+HL_INLINE I load_u8(const uint8_t* p) {
+  const uint8x16_t b = vld1q_u8(p);
+  const int16x8_t lo = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(b))), hi = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(b)));
+  return {{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}};
+}
+HL_INLINE void store_u16(uint16_t* p, I a) {
+  for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vmovn_u32(vreinterpretq_u32_s32(a.v[i])));
+}
+HL_INLINE void store_i8(void* p, I a) {
+  uint16_t t[16];
+  store_u16(t, a);
+  vst1_u8(static_cast<uint8_t*>(p), vmovn_u16(vld1q_u16(t)));
+  vst1_u8(static_cast<uint8_t*>(p) + 8, vmovn_u16(vld1q_u16(t + 8)));
+}
+HL_INLINE F load_f16(const uint16_t* p) {
+  F r;
+  for (int i = 0; i < 4; i++) r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+  return r;
+}
+HL_INLINE F load_bf16(const uint16_t* p) {
+  F r;
+  for (int i = 0; i < 4; i++) r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+  return r;
+}
+
+#else  // plain loops, which compilers turn into the vectors they know
 
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
@@ -166,7 +251,9 @@ HL_INLINE F from_bits(I a) {
 HL_INLINE I set1i(int32_t x) { HL_EACH(I, x); }
 HL_INLINE I addi(I a, I b) { HL_EACH(I, a.v[i] + b.v[i]); }
 HL_INLINE I andi(I a, I b) { HL_EACH(I, a.v[i] & b.v[i]); }
+HL_INLINE I ori(I a, I b) { HL_EACH(I, a.v[i] | b.v[i]); }
 HL_INLINE I maxi(I a, I b) { HL_EACH(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+HL_INLINE I nan_lanes(F a) { HL_EACH(I, a.v[i] != a.v[i] ? -1 : 0); }
 template <int N> HL_INLINE I shl(I a) { HL_EACH(I, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N)); }
 template <int N> HL_INLINE I shr(I a) { HL_EACH(I, a.v[i] >> N); }
 HL_INLINE I load_i8(const int8_t* p) { HL_EACH(I, p[i]); }
@@ -208,14 +295,11 @@ HL_INLINE void store_u16(uint16_t* p, I a) {
 
 HL_INLINE F zero() { return set1(0.0f); }
 
-// To bfloat16, nearest even; NaN stays NaN.
+// To bfloat16 in the low half of each lane, nearest even; NaN stays NaN.
 HL_INLINE I to_bf16(F a) {
   const I u = bits(a);
-  const I odd = andi(shr<16>(u), set1i(1));
-  const I rounded = shr<16>(addi(addi(u, odd), set1i(0x7FFF)));
-  const I nan = shr<31>(addi(set1i(0x7F800000), shl<0>(andi(set1i(0), u))));  // 0
-  (void)nan;
-  return rounded;
+  const I rounded = shr<16>(addi(addi(u, andi(shr<16>(u), set1i(1))), set1i(0x7FFF)));
+  return ori(rounded, andi(nan_lanes(a), set1i(0x7FC0)));
 }
 
 // The sum of the lanes, always added in the same order: halves, quarters, pairs.
@@ -247,7 +331,7 @@ HL_INLINE int32_t hmax(I a) {
   return m;
 }
 
-// e^x to about 1 unit in the last place (Cephes' polynomial); 0 below -87.3, e^88.3 above. NaN gives NaN.
+// e^x to about 1 unit in the last place (Cephes' polynomial). Clamped: 1.2e-38 below -87.3, 2.4e38 above 88.3. NaN gives NaN.
 HL_INLINE F exp(F x) {
   const F high = set1(88.3762626647949f), low = set1(-87.3365478515625f);
   const F c = max(low, min(high, x));  // x last: NaN passes

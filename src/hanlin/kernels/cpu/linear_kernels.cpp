@@ -1,0 +1,308 @@
+// Matrix products, compiled once a variant.
+//
+// One output tile at a time: `R` rows of inputs against 32 outputs, all of the inputs in order, sums in registers. The tile stays in the
+// cache while the panels of R rows pass by, so each weight is read from memory once. The order in which one output's products are added
+// does not depend on R, so neither does its value.
+#include "linear.h"
+#include "simd_dot.h"
+
+namespace hl::HL_VARIANT {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int halves = 2, int_rows = 6, float_rows = 12;  // 32 registers of 16 lanes
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int halves = 1, int_rows = 2, float_rows = 4;   // 32 registers of 4 lanes
+#else
+constexpr int halves = 1, int_rows = 2, float_rows = 4;   // 16 registers of 8 lanes
+#endif
+
+// The widest panel's results: R rows of 32 outputs.
+using Results = float[float_rows][HL_TILE];
+
+struct Panel {
+  const uint8_t* rows;  // prepared rows
+  int64_t stride;
+};
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define HL_UNROLL _Pragma("GCC unroll 16")
+#else
+#define HL_UNROLL _Pragma("unroll")
+#endif
+
+// ---- integer kinds ------------------------------------------------------------------------------------------------------------------
+
+HL_INLINE const ActGroup& sub_of(const Panel& x, int row, int64_t sub) {
+  return *reinterpret_cast<const ActGroup*>(x.rows + row * x.stride + sub * static_cast<int64_t>(sizeof(ActGroup)));
+}
+
+// One sub: dots[r][h] = sum over 32 inputs of code * x, less the offset that symmetric kinds store their codes with.
+template <int Kind, int R>
+HL_INLINE void sub_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0, I (&dots)[R][halves]) {
+  HL_UNROLL for (int r = 0; r < R; r++) {
+    I start = set1i(0);
+    if (Kind == HL_INT4) start = shl<3>(set1i(sub_of(x, r, sub).neg_sum));
+    if (!is_int4(Kind) && !signed_u8) start = shl<7>(set1i(sub_of(x, r, sub).neg_sum));
+    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = start;
+  }
+  if (is_int4(Kind)) {
+    HL_UNROLL for (int pair = 0; pair < 4; pair++) {
+      B low[halves], high[halves];
+      HL_UNROLL for (int h = 0; h < halves; h++) {
+        const B both = load_b(w + (2 * pair + half0 + h) * 64);
+        low[h] = low_nibbles(both);
+        high[h] = high_nibbles(both);
+      }
+      HL_UNROLL for (int r = 0; r < R; r++) {
+        const int8_t* q = sub_of(x, r, sub).q + 8 * pair;
+        const I a = quad(q), b = quad(q + 4);
+        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], low[h], a);
+        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], high[h], b);
+      }
+    }
+  } else {
+    HL_UNROLL for (int quads = 0; quads < 8; quads++) {
+      B codes[halves];
+      HL_UNROLL for (int h = 0; h < halves; h++) codes[h] = load_b(w + (2 * quads + half0 + h) * 64);
+      HL_UNROLL for (int r = 0; r < R; r++) {
+        const I a = quad(sub_of(x, r, sub).q + 4 * quads);
+        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u8(dots[r][h], codes[h], a);
+      }
+    }
+  }
+}
+
+template <int Kind, int R>
+void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Results& results) {
+  const int64_t subs = (weight.in + 31) / 32, subs_per_group = Kind == HL_INT8_ROW ? subs : weight.group / 32;
+  for (int half0 = 0; half0 < 2; half0 += halves) {
+    F sums[R][halves];
+    HL_UNROLL for (int r = 0; r < R; r++)
+      HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
+    const uint8_t* w = tile + (Kind == HL_INT8_ROW ? HL_TILE * 4 : 0);
+    for (int64_t sub = 0; sub < subs;) {
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(w);
+      if (Kind != HL_INT8_ROW) w += group_header(Kind);
+      const int64_t end = sub + subs_per_group;
+      for (; sub < end; sub++, w += sub_bytes(Kind)) {
+        I dots[R][halves];
+        sub_dots<Kind, R>(w, x, sub, half0, dots);
+        F scale[halves], offset[halves];
+        HL_UNROLL for (int h = 0; h < halves && Kind != HL_INT8_ROW; h++) {
+          scale[h] = load_f16(scales + 16 * (half0 + h));
+          if (has_offsets(Kind)) offset[h] = load_f16(scales + HL_TILE + 16 * (half0 + h));
+          if (Kind == HL_INT4_ZERO) offset[h] = mul(offset[h], mul(scale[h], set1(-1.0f)));
+        }
+        HL_UNROLL for (int r = 0; r < R; r++) {
+          const F x_scale = set1(sub_of(x, r, sub).scale);
+          HL_UNROLL for (int h = 0; h < halves; h++) {
+            const F factor = Kind == HL_INT8_ROW ? x_scale : mul(scale[h], x_scale);
+            sums[r][h] = fma(to_float(dots[r][h]), factor, sums[r][h]);
+            if (has_offsets(Kind)) sums[r][h] = fma(offset[h], set1(sub_of(x, r, sub).scaled_sum), sums[r][h]);
+          }
+        }
+      }
+    }
+    HL_UNROLL for (int r = 0; r < R; r++)
+      HL_UNROLL for (int h = 0; h < halves; h++) {
+        F y = sums[r][h];
+        if (Kind == HL_INT8_ROW) y = mul(y, load(reinterpret_cast<const float*>(tile) + 16 * (half0 + h)));
+        store(results[r] + 16 * (half0 + h), y);
+      }
+  }
+}
+
+// ---- float kinds --------------------------------------------------------------------------------------------------------------------
+
+template <int R>
+void f32_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Results& results) {
+  for (int half0 = 0; half0 < 2; half0 += halves) {
+    F sums[R][halves];
+    HL_UNROLL for (int r = 0; r < R; r++)
+      HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
+    const float* w = reinterpret_cast<const float*>(tile) + 16 * half0;
+    for (int64_t k = 0; k < weight.in; k++, w += HL_TILE) {
+      F part[halves];
+      HL_UNROLL for (int h = 0; h < halves; h++) part[h] = load(w + 16 * h);
+      HL_UNROLL for (int r = 0; r < R; r++) {
+        const F a = set1(reinterpret_cast<const float*>(x.rows + r * x.stride)[k]);
+        HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = fma(part[h], a, sums[r][h]);
+      }
+    }
+    HL_UNROLL for (int r = 0; r < R; r++)
+      HL_UNROLL for (int h = 0; h < halves; h++) store(results[r] + 16 * (half0 + h), sums[r][h]);
+  }
+}
+
+template <int R>
+void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Results& results) {
+  const int64_t pairs = (weight.in + 1) / 2;
+  for (int half0 = 0; half0 < 2; half0 += halves) {
+    F sums[R][halves];
+    HL_UNROLL for (int r = 0; r < R; r++)
+      HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
+    const uint8_t* w = tile + 64 * half0;
+    for (int64_t k = 0; k < pairs; k++, w += 4 * HL_TILE) {
+      I part[halves];
+      HL_UNROLL for (int h = 0; h < halves; h++) part[h] = bits(load(reinterpret_cast<const float*>(w + 64 * h)));
+      HL_UNROLL for (int r = 0; r < R; r++) {
+        const I a = quad(reinterpret_cast<const int8_t*>(x.rows + r * x.stride + 4 * k));
+        HL_UNROLL for (int h = 0; h < halves; h++) {
+#if defined(__AVX512BF16__)
+          sums[r][h].v = _mm512_dpbf16_ps(sums[r][h].v, (__m512bh)part[h].v, (__m512bh)a.v);
+#else
+          const I upper = set1i(static_cast<int32_t>(0xFFFF0000u));
+          sums[r][h] = fma(from_bits(shl<16>(part[h])), from_bits(shl<16>(a)), sums[r][h]);
+          sums[r][h] = fma(from_bits(andi(part[h], upper)), from_bits(andi(a, upper)), sums[r][h]);
+#endif
+        }
+      }
+    }
+    HL_UNROLL for (int r = 0; r < R; r++)
+      HL_UNROLL for (int h = 0; h < halves; h++) store(results[r] + 16 * (half0 + h), sums[r][h]);
+  }
+}
+
+// ---- a panel's results, written ---------------------------------------------------------------------------------------------------
+
+void write_panel(const Results& results, int64_t rows, int64_t row0, int64_t tile, int64_t outs, const Epilogue& out) {
+  const int64_t first_out = tile * HL_TILE;
+  const int n = static_cast<int>(outs - first_out < HL_TILE ? outs - first_out : HL_TILE);
+  const int low = n < 16 ? n : 16, high = n - low;
+  F bias[2] = {zero(), zero()};
+  if (out.bias != nullptr) {
+    bias[0] = load(out.bias + first_out, low);
+    if (high > 0) bias[1] = load(out.bias + first_out + 16, high);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    F y[2] = {load(results[r]), load(results[r] + 16)};
+    if (out.bias != nullptr)
+      for (int h = 0; h < 2; h++) y[h] = add(y[h], bias[h]);
+    float* to = out.y + (row0 + r) * out.ldy;
+    if (out.flags & HL_SILU_MUL) {
+      to += tile * (HL_TILE / 2);
+      F z = mul(silu(y[0]), y[1]);
+      if (out.flags & HL_ADD) z = add(load(to), z);
+      store(to, z);
+      continue;
+    }
+    to += first_out;
+    if (out.flags & HL_GELU)
+      for (int h = 0; h < 2; h++) y[h] = gelu(y[h]);
+    if (out.flags & HL_ADD) {
+      y[0] = add(load(to, low), y[0]);
+      if (high > 0) y[1] = add(load(to + 16, high), y[1]);
+    }
+    store(to, y[0], low);
+    if (high > 0) store(to + 16, y[1], high);
+  }
+}
+
+// ---- from kinds and row counts to the functions above -------------------------------------------------------------------------------
+
+using PanelFunction = void (*)(const hl_weight&, const uint8_t*, const Panel&, Results&);
+
+template <int Kind, int R>
+constexpr PanelFunction panel_function() {
+  if constexpr (Kind == HL_F32) return f32_panel<R>;
+  else if constexpr (Kind == HL_BF16) return bf16_panel<R>;
+  else return int_panel<Kind, R>;
+}
+
+constexpr int most_rows(int kind) { return kind == HL_F32 || kind == HL_BF16 ? float_rows : int_rows; }
+
+template <int Kind, int R = most_rows(Kind)>
+PanelFunction choose(int64_t rows) {
+  if constexpr (R > 1) return rows == R ? panel_function<Kind, R>() : choose<Kind, R - 1>(rows);
+  else return panel_function<Kind, 1>();
+}
+
+// As few panels as there can be, as even as they can be: 8 rows are 4 + 4, not 6 + 2.
+template <int Kind>
+void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out) {
+  const int64_t bytes = tile_bytes(w), panels = (n_rows + most_rows(Kind) - 1) / most_rows(Kind);
+  for (int64_t tile = tile0; tile < tile1; tile++) {
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + tile * bytes;
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t row0 = n_rows * panel / panels, height = n_rows * (panel + 1) / panels - row0;
+      Results results;
+      choose<Kind>(height)(w, data, {rows + row0 * stride, stride}, results);
+      write_panel(results, height, row0, tile, w.out, out);
+    }
+  }
+}
+
+void product(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out) {
+  const uint8_t* x = static_cast<const uint8_t*>(rows);
+  switch (w.kind) {
+    case HL_F32: return product_of<HL_F32>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_BF16: return product_of<HL_BF16>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT8_ROW: return product_of<HL_INT8_ROW>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT8: return product_of<HL_INT8>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT4: return product_of<HL_INT4>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT4_MIN: return product_of<HL_INT4_MIN>(w, x, stride, n_rows, tile0, tile1, out);
+    default: return product_of<HL_INT4_ZERO>(w, x, stride, n_rows, tile0, tile1, out);
+  }
+}
+
+// ---- preparing inputs ---------------------------------------------------------------------------------------------------------------
+
+// A group of zeros, or of values too small to divide by, has scale 0; one with a value that is not finite has scale NaN.
+void prepare_int8(const float* x, int n, ActGroup* out) {
+  const F a = load(x, n < 16 ? n : 16), b = n > 16 ? load(x + 16, n - 16) : zero();
+  const I magnitude = set1i(0x7FFFFFFF);
+  const F top = from_bits(set1i(hmax(maxi(andi(bits(a), magnitude), andi(bits(b), magnitude)))));
+  float t[16];
+  store(t, top);
+  const float largest = t[0];
+  memset(out, 0, sizeof *out);
+  if (!(largest < INFINITY)) {
+    out->scale = out->scaled_sum = NAN;
+    return;
+  }
+  if (largest < 1e-30f) return;
+  const float inverse = 127.0f / largest;
+  const I qa = to_int(mul(a, set1(inverse))), qb = to_int(mul(b, set1(inverse)));
+  store_i8(out->q, qa);
+  store_i8(out->q + 16, qb);
+  const int32_t total = sum(addi(qa, qb));
+  out->scale = largest / 127.0f;
+  out->neg_sum = -total;
+  out->scaled_sum = out->scale * static_cast<float>(total);
+}
+
+void prepare(Act act, const float* x, int64_t in, void* row) {
+  const int64_t bytes = act_stride(act, in);
+  uint8_t* to = static_cast<uint8_t*>(row);
+  int64_t used = in * 4;
+  if (act == Act::f32) {
+    memcpy(to, x, static_cast<size_t>(used));
+  } else if (act == Act::bf16) {
+    uint16_t* b = static_cast<uint16_t*>(row);
+    used = in * 2;
+    int64_t k = 0;
+    for (; k + 16 <= in; k += 16) store_u16(b + k, to_bf16(load(x + k)));
+    if (k < in) {
+      uint16_t t[16];
+      store_u16(t, to_bf16(load(x + k, static_cast<int>(in - k))));
+      memcpy(b + k, t, static_cast<size_t>(in - k) * 2);
+    }
+  } else {
+    ActGroup* groups = static_cast<ActGroup*>(row);
+    const int64_t subs = (in + 31) / 32;
+    used = subs * static_cast<int64_t>(sizeof(ActGroup));
+    for (int64_t s = 0; s < subs; s++) {
+      const int64_t left = in - 32 * s;
+      prepare_int8(x + 32 * s, static_cast<int>(left < 32 ? left : 32), groups + s);
+    }
+  }
+  memset(to + used, 0, static_cast<size_t>(bytes - used));
+}
+
+}  // namespace
+
+extern const LinearKernels linear_table;
+const LinearKernels linear_table = {prepare, product};
+
+}  // namespace hl::HL_VARIANT

@@ -1,0 +1,189 @@
+#include "pool.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace hl {
+namespace {
+
+// How long an idle thread spins before it sleeps: longer than the gaps between the operations of a step, shorter than anything a user
+// would see as a busy core. A wake-up from sleep costs some 10 to 50 microseconds.
+constexpr auto spin_time = std::chrono::microseconds(100);
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+inline int64_t process_id() {
+#if defined(_WIN32)
+  return 0;
+#else
+  return getpid();
+#endif
+}
+
+// Rounding and denormals as IEEE has them while it lives: a caller that flushes denormals to zero would otherwise compute other bits in
+// rank 0 than the workers do.
+class PlainFloats {
+#if defined(__x86_64__) || defined(_M_X64)
+ public:
+  PlainFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~PlainFloats() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__) && defined(__GNUC__)
+ public:
+  PlainFloats() {
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~PlainFloats() { __asm__ __volatile__("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+ public:
+  PlainFloats() {}
+#endif
+};
+
+}  // namespace
+
+struct Pool::State {
+  explicit State(int n) : size(n), can_spin(static_cast<unsigned>(n) <= std::thread::hardware_concurrency()), pid(process_id()) {}
+
+  // Starts the workers; when the system refuses one, stops the others before the exception goes on.
+  void start(Pool* pool) {
+    try {
+      for (int rank = 1; rank < size; rank++) threads.emplace_back([this, pool, rank] { work(pool, rank); });
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+
+  void stop() {
+    call = nullptr;
+    set(epoch, epoch.load(std::memory_order_relaxed) + 1);
+    for (auto& thread : threads) thread.join();
+    threads.clear();
+  }
+
+  void work(Pool* pool, int rank) {
+    for (uint32_t seen = 0;;) {
+      seen = await(epoch, seen);
+      if (call == nullptr) return;
+      call(body, Team{rank, size, pool});
+      barrier();
+    }
+  }
+
+  void barrier() {
+    const uint32_t now = phase.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived.store(0, std::memory_order_relaxed);
+      set(phase, now + 1);
+    } else {
+      await(phase, now);
+    }
+  }
+
+  // Waits until `word` is not `old` and returns it: spins, then sleeps.
+  uint32_t await(const std::atomic<uint32_t>& word, uint32_t old) {
+    if (can_spin) {
+      for (int i = 0; i < 256; i++) {
+        const uint32_t value = word.load(std::memory_order_acquire);
+        if (value != old) return value;
+        relax();
+      }
+      const auto end = std::chrono::steady_clock::now() + spin_time;
+      do {
+        for (int i = 0; i < 64; i++) {
+          const uint32_t value = word.load(std::memory_order_acquire);
+          if (value != old) return value;
+          relax();
+        }
+      } while (std::chrono::steady_clock::now() < end);
+    }
+    std::unique_lock<std::mutex> lock(mutex);
+    sleepers.fetch_add(1);  // before the last look at `word`, so that either we see its change or set() sees us
+    uint32_t value;
+    while ((value = word.load()) == old) changed.wait(lock);
+    sleepers.fetch_sub(1);
+    return value;
+  }
+
+  void set(std::atomic<uint32_t>& word, uint32_t value) {
+    word.store(value);
+    if (sleepers.load() == 0) return;
+    { std::lock_guard<std::mutex> lock(mutex); }  // whoever is between its last look and its sleep gets there first
+    changed.notify_all();
+  }
+
+  const int size;
+  const bool can_spin;
+  const int64_t pid;
+  Erased call = nullptr;  // this and body: written before `epoch` changes, read after
+  const void* body = nullptr;
+  std::vector<std::thread> threads;
+  alignas(64) std::atomic<uint32_t> epoch{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> sleepers{0};
+  std::mutex mutex;
+  std::condition_variable changed;
+};
+
+Pool::Pool(int threads) : state_(new State(threads)) { state_->start(this); }
+
+Pool::~Pool() {
+  if (state_->pid == process_id())
+    state_->stop();
+  else
+    static_cast<void>(state_.release());  // a forked child has no workers to stop; their handles must not be destroyed
+}
+
+int Pool::size() const { return state_->size; }
+
+void Pool::run_erased(Erased call, const void* body) {
+  if (state_->pid != process_id()) {
+    auto fresh = std::make_unique<State>(state_->size);
+    fresh->start(this);
+    static_cast<void>(state_.release());
+    state_ = std::move(fresh);
+  }
+  const PlainFloats plain;
+  State& s = *state_;
+  s.call = call;
+  s.body = body;
+  s.set(s.epoch, s.epoch.load(std::memory_order_relaxed) + 1);
+  call(body, Team{0, s.size, this});
+  s.barrier();
+}
+
+Range Team::split(int64_t n, int64_t grain) const {
+  const int64_t units = (n + grain - 1) / grain;
+  const int64_t begin = units * rank / size * grain, end = units * (rank + 1) / size * grain;
+  return {begin < n ? begin : n, end < n ? end : n};
+}
+
+void Team::barrier() const {
+  if (size > 1) pool->state_->barrier();
+}
+
+}  // namespace hl
