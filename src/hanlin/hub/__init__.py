@@ -1,0 +1,8 @@
+"""Find and fetch models: local paths, GGUF files, the Hugging Face Hub, and the default model."""
+
+from hanlin.hub.places import Places
+from hanlin.hub.report import Report
+from hanlin.hub.resolve import Location, pull, resolve
+from hanlin.hub.store import Entry, cached, remove
+
+__all__ = ["Entry", "Location", "Places", "Report", "cached", "pull", "remove", "resolve"]
