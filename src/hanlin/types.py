@@ -222,10 +222,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("stop", "bad_words"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop", "bad_words", "stop_token_ids"):
+            value = getattr(self, name) or ()
+            alone = isinstance(value, str) or not isinstance(value, Iterable)
+            object.__setattr__(self, name, (value,) if alone else tuple(value))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         found = list(self._wrong())
@@ -234,9 +234,9 @@ class SamplingParams:
 
     def _wrong(self) -> Iterator[str]:
         checks: tuple[tuple[str, float, float, bool, str], ...] = (
-            ("min_tokens", 0, math.inf, True, ">= 0"),
+            ("min_tokens", 0, 2**63 - 1, True, ">= 0"),
             ("temperature", 0.0, 1e6, False, ">= 0"),
-            ("top_k", 0, math.inf, True, ">= 0, or -1"),
+            ("top_k", 0, 2**63 - 1, True, ">= 0, or -1"),
             ("min_p", 0.0, 1.0, False, "in [0, 1]"),
             ("repetition_penalty", 1e-6, 1e6, False, "> 0"),
             ("presence_penalty", -1e6, 1e6, False, "finite"),
@@ -248,7 +248,7 @@ class SamplingParams:
                 yield f"{name} must be a{' whole' if whole else ''} number {allowed}, not {getattr(self, name)!r}"
         if not _number(self.top_p, 0.0, 1.0, False) or self.top_p == 0:
             yield f"top_p must be in (0, 1], not {self.top_p!r}"
-        if self.max_tokens is not None and not _number(self.max_tokens, 1, math.inf, True):
+        if self.max_tokens is not None and not _number(self.max_tokens, 1, 2**63 - 1, True):
             yield f"max_tokens must be a whole number >= 1 or None, not {self.max_tokens!r}"
         elif self.max_tokens is not None and isinstance(self.min_tokens, int) and self.min_tokens > self.max_tokens:
             yield f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}"
@@ -261,10 +261,14 @@ class SamplingParams:
                 yield f"{name} must hold non-empty strings only"
         if not all(_number(i, 0, 2**31, True) for i in self.stop_token_ids):
             yield f"stop_token_ids must hold ids >= 0, not {self.stop_token_ids!r}"
-        if not isinstance(self.logit_bias, Mapping):
-            yield f"logit_bias must map ids to numbers, not {type(self.logit_bias).__name__}"
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} must be true or false, not {getattr(self, name)!r}"
+        bias: object = self.logit_bias
+        if not isinstance(bias, Mapping):
+            yield f"logit_bias must map ids to numbers, not {type(bias).__name__}"
         else:
-            for key, value in self.logit_bias.items():
+            for key, value in bias.items():
                 if not _number(key, 0, 2**31, True) or not _number(value, -1e6, 1e6, False):
                     yield f"logit_bias must map ids to finite numbers, not {key!r}: {value!r}"
 
@@ -284,7 +288,7 @@ class SamplingParams:
 def _number(value: object, low: float, high: float, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         return False
-    return math.isfinite(value) and low <= value <= high
+    return low <= value <= high and (isinstance(value, int) or math.isfinite(value))  # isfinite(10**400) overflows
 
 
 @dataclass(frozen=True, kw_only=True)
