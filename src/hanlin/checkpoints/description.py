@@ -1,4 +1,4 @@
-"""What a model directory or a GGUF file says about itself, read as data: configuration, template, generation defaults."""
+"""What a model directory or a GGUF file says about itself, read as data: configuration, template, defaults."""
 
 from __future__ import annotations
 
@@ -68,11 +68,12 @@ def describe_directory(path: Path) -> Description:
     if values.get("quantization_config"):
         method = values["quantization_config"]
         method = method.get("quant_method", method) if isinstance(method, Mapping) else method
-        raise ConfigError(f"{path / 'config.json'}: weights quantised with {method!r} cannot be read yet; use the original")
+        raise ConfigError(f"{path / 'config.json'}: cannot read weights quantised with {method!r}; use the original")
     tokenizer = read_json(path / "tokenizer_config.json", optional=True)
     template = tokenizer.get("chat_template")
     if isinstance(template, list):  # several named ones; the one called default is the one for plain chat
-        template = next((t.get("template") for t in template if isinstance(t, Mapping) and t.get("name") == "default"), None)
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        template = named.get("default")
     alone = path / "chat_template.jinja"
     if not isinstance(template, str) and alone.is_file() and alone.stat().st_size <= _MAX_JSON:
         template = alone.read_text(encoding="utf-8", errors="replace")

@@ -1,20 +1,17 @@
-"""Which stored tensors make up which parameter, for each file format. Rows only move or join, so that quantised rows can too."""
+"""Which stored tensors make up which parameter. Rows only move or join, so that quantised rows can too."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from hanlin.models.config import DecoderConfig
 
 __all__ = ["IGNORED", "Recipe", "plain", "recipes"]
-
-Rows = TypeVar("Rows", Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.generic]]")
 
 # Tables that old converters stored beside the weights; they are computed here.
 IGNORED = re.compile(r"(^|\.)rotary_(emb|pos_emb)\.(inv_freq|cos_cached|sin_cached)$")
@@ -41,8 +38,6 @@ class Recipe:
             (only,) = parts
             return only
         grouped = [t.reshape(self.groups, t.shape[0] // self.groups, *t.shape[1:]) for t in parts]
-        import torch
-
         return torch.cat(grouped, 1).flatten(0, 1)
 
 
@@ -85,13 +80,14 @@ _GGUF_INTERNLM2 = {
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def recipes(parameters: Mapping[str, object], config: DecoderConfig, *, gguf: bool, permuted: bool) -> dict[str, Recipe]:
+def recipes(
+    parameters: Mapping[str, object], config: DecoderConfig, *, gguf: bool, permuted: bool
+) -> dict[str, Recipe]:
     """For every parameter name its recipe."""
     if not gguf:
         return {name: plain(name) for name in parameters}
     table = _GGUF_INTERNLM2 if config.model_type == "internlm2" else _GGUF_LLAMA
-    find: Callable[[str], Recipe] = lambda name: _gguf(name, table, config, permuted)  # noqa: E731
-    return {name: find(name) for name in parameters}
+    return {name: _gguf(name, table, config, permuted) for name in parameters}
 
 
 def _gguf(name: str, table: Mapping[str, str], config: DecoderConfig, permuted: bool) -> Recipe:

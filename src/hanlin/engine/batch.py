@@ -41,7 +41,7 @@ class Batch:
 
     @classmethod
     def build(cls, scheduled: Scheduled, block_size: int) -> Batch:
-        """Lay out what the scheduler chose; logits are wanted of every scored row and of rows that end the known text."""
+        """Lay out what the scheduler chose. Logits are wanted of scored rows and of rows that end the known text."""
         counts = [n for _, n in scheduled]
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         ids: list[int] = []

@@ -17,8 +17,8 @@ class BlockManager:
     """Counts references to the blocks of a pool and finds computed blocks by the hash of all text up to their end.
 
     The hash is keyed with a secret of this manager, so that nobody outside can construct a collision, and chained from
-    a root that holds everything else that changes keys and values: the sequence's salt and its RoPE length. A block that
-    nobody uses keeps its content until it is needed again, the longest unused first.
+    a root that holds everything else that changes keys and values: the sequence's salt and its RoPE length. A block
+    that nobody uses keeps its content until it is needed again, the longest unused first.
     """
 
     def __init__(self, count: int, size: int, *, caching: bool = True) -> None:
@@ -58,7 +58,9 @@ class BlockManager:
         for block in blocks:
             self._take(block)
         sequence.blocks = list(blocks)
-        sequence.computed = sequence.cached = len(blocks) * self.size
+        sequence.computed = len(blocks) * self.size
+        if not sequence.preemptions:  # later it would count what the sequence itself had computed
+            sequence.cached = sequence.computed
 
     def extend(self, sequence: Sequence, tokens: int) -> bool:
         """Make room for the first `tokens` tokens; False, and nothing changed, when there are too few blocks."""

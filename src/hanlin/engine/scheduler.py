@@ -46,7 +46,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def schedule(self) -> Scheduled:
-        """Choose the next step; running sequences first, oldest first, then new ones as far as blocks and places allow."""
+        """Choose the next step: running sequences, oldest first, then new ones as blocks and places allow."""
         chosen: Scheduled = []
         budget = self.max_step_tokens
         decoding = sum(s.remaining == 1 for s in self.running)
@@ -60,13 +60,12 @@ class Scheduler:
             if tokens and self._make_room(sequence, sequence.computed + tokens, chosen):
                 chosen.append((sequence, tokens))
                 budget -= tokens
-        # somebody was just preempted, or a place is missing: newcomers have to wait
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            sequence = next((s for s in self.waiting if s.ready()), None)
-            if sequence is None or not self._admit(sequence, budget):
+            newcomer = next((s for s in self.waiting if s.ready()), None)
+            if newcomer is None or not self._admit(newcomer, budget):
                 break
-            tokens = self._tokens(sequence, budget)
-            chosen.append((sequence, tokens))
+            tokens = self._tokens(newcomer, budget)
+            chosen.append((newcomer, tokens))
             budget -= tokens
         assert chosen or self.idle or not any(s.ready() for s in self.waiting), "nobody can proceed"
         return chosen
@@ -95,7 +94,7 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence, tokens: int, chosen: Scheduled) -> bool:
-        """Give `sequence` blocks for its first `tokens` tokens, taking them from the latest arrivals; False if it had to go."""
+        """Give `sequence` blocks for `tokens` tokens, taking them from the latest arrivals; False if it had to go."""
         while not self.blocks.extend(sequence, tokens):
             victim = self.running[-1]
             self._preempt(victim)

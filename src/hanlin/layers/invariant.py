@@ -39,16 +39,18 @@ class RowPaths:
         """Safe row counts for x (rows, in) times weight (out, in), largest first."""
         key = (tuple(weight.shape), weight.dtype, bias is not None, torch.get_num_threads())
         if key not in self._known:
-            self._known[key] = self._probe(*weight.shape, weight.dtype, bias)
+            self._known[key] = self._probe(weight, bias)
         return self._known[key]
 
     @staticmethod
-    def _probe(rows: int, columns: int, dtype: torch.dtype, bias: Tensor | None) -> tuple[int, ...]:
+    def _probe(like: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+        (rows, columns), dtype = like.shape, like.dtype
         generator = torch.Generator().manual_seed(0)
         half = torch.randn(1, columns // 2, generator=generator).to(dtype)
         row = F.pad(torch.cat((half, half), 1), (0, columns % 2))
         weight = torch.empty(rows, columns, dtype=dtype)
-        for part in weight.split(1024):  # in parts, to need no second weight in float32
+        for start in range(0, rows, 1024):  # in parts, to need no second weight in float32
+            part = weight[start : start + 1024]
             left = torch.randn(len(part), columns // 2, generator=generator).to(dtype)
             part.copy_(F.pad(torch.cat((left, -left), 1), (0, columns % 2)))
         zero = None if bias is None else torch.zeros_like(bias)
@@ -64,7 +66,8 @@ class RowPaths:
             else:
                 groups.append((out[0], [count]))
         # The best group has small counts for decoding and large ones for prompts; one row alone always qualifies.
-        return tuple(max((members for _, members in groups), key=lambda m: (m[-1] <= 16, len(m), m[0])))
+        best = max((members for _, members in groups), key=lambda m: (m[-1] <= 16, len(m), m[0]))
+        return tuple(best)
 
 
 class InvariantLinear(Linear):

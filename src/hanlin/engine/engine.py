@@ -1,0 +1,160 @@
+"""The engine: schedule, run, sample, again. One thread calls it; `EngineThread` is that thread."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hanlin.engine.batch import Batch
+from hanlin.engine.blocks import BlockManager
+from hanlin.engine.runner import Runner
+from hanlin.engine.sampler import logprob_of, sample
+from hanlin.engine.scheduler import Scheduled, Scheduler
+from hanlin.engine.sequence import Sampled, Sequence
+from hanlin.errors import ContextLengthError
+from hanlin.types import FinishReason
+
+__all__ = ["Engine", "EngineLimits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """
+    Attributes:
+        blocks: blocks of the pool, each of `block_size` tokens.
+        max_context: tokens of one sequence at most, prompt and reply.
+        max_sequences: sequences in one step at most.
+        max_step_tokens: tokens in one step at most (a bidirectional prefix may exceed it).
+        prefix_caching: keep computed blocks for texts that start alike.
+    """
+
+    blocks: int
+    block_size: int
+    max_context: int
+    max_sequences: int = 64
+    max_step_tokens: int = 2048
+    prefix_caching: bool = True
+
+
+class Engine:
+    """Continuous batching over a runner. Not thread-safe: see `EngineThread`."""
+
+    def __init__(self, runner: Runner, limits: EngineLimits) -> None:
+        self.runner = runner
+        self.limits = limits
+        self.blocks = BlockManager(limits.blocks, limits.block_size, caching=limits.prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks, max_sequences=limits.max_sequences, max_step_tokens=limits.max_step_tokens
+        )
+        self.steps = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence can have at most: what the model was made for, and what the pool holds."""
+        return min(self.limits.max_context, self.limits.blocks * self.limits.block_size)
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises:
+        ContextLengthError: when the prompt leaves no room for a reply.
+        """
+        room = self.capacity - (0 if sequence.score_prompt else 1)
+        if not sequence.prompt:
+            raise ContextLengthError("the prompt is empty: give at least one token")
+        if len(sequence.prompt) > room:
+            why = "the model's context" if self.capacity == self.limits.max_context else "the KV cache"
+            raise ContextLengthError(
+                f"the prompt has {len(sequence.prompt)} tokens, {why} holds {self.capacity}, and the reply needs one. "
+                "Shorten it, or raise session_len or the cache's size."
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that `check` has passed."""
+        self.check(sequence)
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence now; its blocks come back at once."""
+        if sequence.finish_reason is None:
+            self._finish(sequence, "abort")
+
+    def step(self) -> None:
+        """Schedule, run, sample once, and tell the sinks."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return
+        now = time.perf_counter()
+        for sequence, _ in scheduled:
+            sequence.started = sequence.started or now
+        batch = Batch.build(scheduled, self.limits.block_size)
+        logits = self.runner.run(batch)
+        self.steps += 1
+        self._advance(scheduled, logits)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell everybody that the engine is gone."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._fail(sequence, error)
+
+    def check_integrity(self) -> None:
+        """Assert that no block is lost or held twice."""
+        self.blocks.check_integrity([*self.scheduler.running, *self.scheduler.waiting])
+
+    def _advance(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> None:
+        row, drawing, rows = 0, [], []
+        for sequence, count in scheduled:
+            sequence.computed += count
+            self.blocks.register(sequence)
+            if sequence.score_prompt:
+                self._score(sequence, logits[row : row + count])
+                row += count
+            elif not sequence.remaining:
+                drawing.append(sequence)
+                rows.append(row)
+                row += 1
+        drawn = sample(logits if len(rows) == len(logits) else logits[rows], drawing)
+        for sequence, sampled in zip(drawing, drawn, strict=True):
+            if isinstance(sampled, Sampled):
+                self._append(sequence, sampled)
+            else:
+                self._fail(sequence, sampled)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        sampling, token = sequence.sampling, sampled.id
+        sequence.generated.append(token)
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        if token in sequence.stop_ids:  # the sampler forbids them before min_tokens
+            sequence.stop = token
+            sequence.sink.token(sampled)
+            self._finish(sequence, "stop")
+            return
+        text = sequence.sink.token(sampled)
+        if text is not None and len(sequence.generated) >= sampling.min_tokens:
+            sequence.stop = text
+            self._finish(sequence, "stop")
+        elif len(sequence.generated) == sampling.max_tokens or len(sequence) >= self.capacity:
+            self._finish(sequence, "length")
+
+    def _score(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
+        first = len(sequence.prompt_logprobs) + 1
+        for row, token in zip(logits, sequence.prompt[first:], strict=False):
+            sequence.prompt_logprobs.append(logprob_of(row, token, 0)[0])
+        if not sequence.remaining:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
+        sequence.finished = time.perf_counter()
+        sequence.sink.finish(sequence)
+
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = "abort"
+        sequence.sink.error(error)

@@ -1,0 +1,79 @@
+"""What computes a step: the interface, and the plain torch one that runs the loaded module itself."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hanlin.engine.attend import KVPool, PagedAttend
+from hanlin.engine.batch import Batch
+from hanlin.layers.invariant import make_invariant
+from hanlin.layers.rope import Positions
+from hanlin.models.config import DecoderConfig
+from hanlin.models.registry import Decoder
+
+__all__ = ["Runner", "TorchRunner", "kv_bytes"]
+
+
+class Runner(Protocol):
+    """Computes steps over a pool of its own.
+
+    `run` may be called from one thread at a time; the result is the caller's.
+    """
+
+    name: str
+    vocab_size: int
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits (R, V) of the rows that the batch wants."""
+
+    def close(self) -> None:
+        """Give the pool back."""
+
+
+def kv_bytes(config: DecoderConfig, itemsize: float) -> int:
+    """Bytes that one token takes in the pool."""
+    return int(2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize)
+
+
+class TorchRunner:
+    """Runs the module: any device, any dtype; row-invariant on CPU when asked to be."""
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module, *, blocks: int, block_size: int, invariant: bool) -> None:
+        self._model = cast(Decoder, model)
+        config = self._model.config
+        weight = next(model.parameters())
+        self.device, self.vocab_size = weight.device, config.vocab_size
+        self.invariant = invariant and self.device.type == "cpu"
+        if self.invariant:
+            make_invariant(model)
+        self._pool = KVPool(
+            layers=config.num_layers,
+            blocks=blocks,
+            block_size=block_size,
+            kv_heads=config.num_kv_heads,
+            size=config.head_dim,
+            dtype=weight.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        ids, rows, slots, places = (
+            torch.from_numpy(x).to(self.device) for x in (batch.ids, batch.rows, batch.slots, batch.positions)
+        )
+        lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths).to(self.device)
+        attend = PagedAttend(self._pool, batch, slots, self.invariant)
+        hidden = self._model(ids, Positions(places, lengths), attend)
+        if not len(rows):
+            return np.zeros((0, self.vocab_size), np.float32)
+        return cast("NDArray[np.float32]", self._model.head(hidden[rows.long()]).cpu().numpy())
+
+    def close(self) -> None:
+        del self._pool

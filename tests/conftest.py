@@ -1,0 +1,64 @@
+"""What all tests share: where the handed-over assets are, and tiny random models of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hanlin.models.registry import build, read_config
+
+TINY: dict[str, dict[str, Any]] = {
+    "internlm2": {"model_type": "internlm2", "num_key_value_heads": 2, "bias": False, "rms_norm_eps": 1e-5},
+    "internlm2-bias": {"model_type": "internlm2", "num_key_value_heads": 4, "bias": True},
+    "internlm2-dynamic": {
+        "model_type": "internlm2",
+        "num_key_value_heads": 1,
+        "bias": False,
+        "max_position_embeddings": 24,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    },
+    "llama": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "internlm": {"model_type": "internlm", "bias": True},
+    "internlm3": {"model_type": "internlm3", "num_key_value_heads": 1, "qkv_bias": True},
+}
+_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of assets and data beside the repository."""
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("needs the folder ../shared beside the repository (assets and data), which is not here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., nn.Module]:
+    """tiny(kind, dtype, **config) -> a random model of that kind, the same at every call."""
+
+    def make(kind: str = "internlm2", dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+        model = build(read_config({**_SIZES, **TINY[kind], **config}), dtype=dtype)
+        shared_weights = {id(p): p for p in model.parameters()}
+        assert shared_weights
+        model = model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim > 1 or "bias" in name else 0.1
+            center = 1.0 if "norm" in name else 0.0
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale + center)
+        return model
+
+    return make

@@ -1,0 +1,245 @@
+"""Promise 2: one request, one answer, whatever the schedule, the neighbours, the cache and the pool do."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hanlin.engine.engine import Engine, EngineLimits
+from hanlin.engine.runner import TorchRunner
+from hanlin.engine.sequence import Sampled, Sequence
+from hanlin.layers.attend import PackedAttend
+from hanlin.layers.rope import Positions
+from hanlin.types import SamplingParams
+
+
+@dataclass
+class Listener:
+    got: list[Sampled] = field(default_factory=list)
+    ended: int = 0
+    stop_at: int | None = None
+
+    def token(self, sampled: Sampled) -> str | None:
+        assert not self.ended
+        self.got.append(sampled)
+        return "here" if len(self.got) == self.stop_at else None
+
+    def finish(self, sequence: Sequence) -> None:
+        self.ended += 1
+
+    def error(self, error: BaseException) -> None:
+        raise error
+
+
+def request(prompt: list[int], sampling: SamplingParams, model: Any, **extra: Any) -> Sequence:
+    rope = model.config.rope.dynamic_length(len(prompt))
+    return Sequence(prompt=tuple(prompt), sampling=sampling, sink=Listener(), seed=7, rope_length=rope, **extra)
+
+
+def engine_of(model: Any, blocks: int = 64, **limits: Any) -> Engine:
+    size = limits.pop("block_size", 4)
+    runner = TorchRunner(model, blocks=blocks, block_size=size, invariant=True)
+    return Engine(runner, EngineLimits(blocks=blocks, block_size=size, max_context=256, **limits))
+
+
+def answer(sequence: Sequence) -> tuple[Any, ...]:
+    assert isinstance(sequence.sink, Listener) and sequence.sink.ended == 1
+    return tuple(sequence.sink.got), sequence.finish_reason
+
+
+def run(engine: Engine) -> None:
+    for _ in range(3000):
+        if engine.idle:
+            return
+        engine.step()
+        engine.check_integrity()
+    raise AssertionError("the engine did not come to an end")
+
+
+def recomputed(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens by computing the whole text anew for each, without any cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        n = len(ids)
+        length = model.config.rope.dynamic_length(len(prompt))
+        lengths = torch.full((n,), length) if length else None
+        hidden = model(torch.tensor(ids), Positions(torch.arange(n)[None], lengths), PackedAttend([n]))
+        ids.append(int(model.head(hidden[-1:]).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "kind", ["internlm2", "internlm2-bias", "internlm2-dynamic", "llama", "qwen2", "internlm", "internlm3"]
+)
+def test_engine_equals_recomputation(tiny: Any, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    engine = engine_of(tiny(kind), max_step_tokens=11)
+    sequences = []
+    for length in (1, 5, 16, 23, 40):
+        prompt = rng.integers(0, 97, length).tolist()
+        sequences.append(request(prompt, SamplingParams(temperature=0, max_tokens=12), tiny(kind)))
+        engine.add(sequences[-1])
+    run(engine)
+    for sequence in sequences:
+        assert sequence.generated == recomputed(tiny(kind), list(sequence.prompt), 12)
+
+
+SAMPLINGS = st.sampled_from(
+    [
+        SamplingParams(temperature=0, max_tokens=6, logprobs=2),
+        SamplingParams(temperature=1.0, max_tokens=9, logprobs=1),
+        SamplingParams(temperature=1.3, top_p=0.9, top_k=20, max_tokens=7, repetition_penalty=1.2),
+        SamplingParams(temperature=0.7, min_p=0.05, presence_penalty=0.5, frequency_penalty=0.3, max_tokens=5),
+    ]
+)
+
+
+@st.composite
+def schedules(draw: Any) -> dict[str, Any]:
+    stem = draw(st.lists(st.integers(0, 96), min_size=0, max_size=20))
+    requests = []
+    for _ in range(draw(st.integers(1, 5))):
+        tail = draw(st.lists(st.integers(0, 96), min_size=1, max_size=25))
+        requests.append(
+            {
+                "prompt": (stem if draw(st.booleans()) else []) + tail,
+                "sampling": draw(SAMPLINGS),
+                "arrives": draw(st.integers(0, 6)),
+                "abort_after": draw(st.one_of(st.none(), st.none(), st.integers(0, 8))),
+                "salt": draw(st.sampled_from([b"", b"", b"other"])),
+            }
+        )
+    return {
+        "requests": requests,
+        "block_size": draw(st.sampled_from([1, 4, 16])),
+        "max_step_tokens": draw(st.integers(3, 40)),
+        "max_sequences": draw(st.integers(1, 5)),
+        "prefix_caching": draw(st.booleans()),
+        "tight": draw(st.booleans()),
+    }
+
+
+@functools.lru_cache(maxsize=2)
+def _alone(model: Any) -> dict[Any, Any]:
+    return {}
+
+
+def alone(model: Any, prompt: list[int], sampling: SamplingParams) -> Any:
+    """The answer of the request by itself, the cache cold, the prompt in one step."""
+    known, key = _alone(model), (tuple(prompt), str(sampling))
+    if key not in known:
+        engine = engine_of(model)
+        sequence = request(prompt, sampling, model)
+        engine.add(sequence)
+        run(engine)
+        known[key] = answer(sequence)
+    return known[key]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(plan=schedules())
+def test_one_request_one_answer(tiny: Any, dtype: torch.dtype, plan: dict[str, Any]) -> None:
+    model = tiny("internlm2-dynamic", dtype)
+    size = plan["block_size"]
+    longest = max(-(-(len(r["prompt"]) + r["sampling"].max_tokens) // size) for r in plan["requests"])
+    engine = engine_of(
+        model,
+        blocks=longest if plan["tight"] else 400 // size,
+        block_size=size,
+        max_step_tokens=plan["max_step_tokens"],
+        max_sequences=plan["max_sequences"],
+        prefix_caching=plan["prefix_caching"],
+    )
+    sequences = [request(r["prompt"], r["sampling"], model, salt=r["salt"]) for r in plan["requests"]]
+    for step in range(3000):
+        for r, sequence in zip(plan["requests"], sequences, strict=True):
+            if r["arrives"] == step:
+                engine.add(sequence)
+            if r["abort_after"] is not None and r["arrives"] + r["abort_after"] == step:
+                engine.abort(sequence)
+        if step > 20 and engine.idle:
+            break
+        engine.step()
+        engine.check_integrity()
+    assert engine.idle and engine.blocks.free == engine.blocks.count
+    for r, sequence in zip(plan["requests"], sequences, strict=True):
+        want, reason = alone(model, r["prompt"], r["sampling"])
+        got, ended = answer(sequence)
+        if ended == "abort":
+            assert got == want[: len(got)]
+        else:
+            assert (got, ended) == (want, reason)
+
+
+def test_cache_is_used_and_changes_nothing(tiny: Any) -> None:
+    model = tiny("llama")
+    engine = engine_of(model)
+    prompt = list(range(40))
+    first, second = (request(prompt, SamplingParams(temperature=0, max_tokens=4, logprobs=3), model) for _ in range(2))
+    for sequence in (first, second):
+        engine.add(sequence)
+        run(engine)
+    assert (first.cached, second.cached) == (0, 36)
+    assert answer(first) == answer(second)
+
+
+def test_salts_do_not_share(tiny: Any) -> None:
+    model = tiny("llama")
+    engine = engine_of(model)
+    for salt in (b"a", b"b", b"a"):
+        sequence = request(list(range(40)), SamplingParams(temperature=0, max_tokens=1), model, salt=salt)
+        engine.add(sequence)
+        run(engine)
+    assert sequence.cached == 36
+    other = request(list(range(40)), SamplingParams(temperature=0, max_tokens=1), model, salt=b"c")
+    engine.add(other)
+    run(engine)
+    assert other.cached == 0
+
+
+def test_preemption_happens_and_changes_nothing(tiny: Any) -> None:
+    model = tiny("internlm2")
+    sampling = SamplingParams(temperature=0.9, max_tokens=30)
+    engine = engine_of(model, blocks=14, prefix_caching=False)
+    sequences = [request([5, 6, 7 + i], sampling, model) for i in range(4)]
+    for sequence in sequences:
+        engine.add(sequence)
+    run(engine)
+    assert sum(s.preemptions for s in sequences) > 0
+    for i, sequence in enumerate(sequences):
+        assert answer(sequence) == alone(model, [5, 6, 7 + i], sampling)
+
+
+def test_scores_equal_recomputation(tiny: Any) -> None:
+    model = tiny("internlm2")
+    ids = np.random.default_rng(0).integers(0, 97, 30).tolist()
+    engine = engine_of(model, max_step_tokens=7)
+    sequence = request(ids, SamplingParams(max_tokens=1), model, score_prompt=True)
+    engine.add(sequence)
+    run(engine)
+    logits = model.head(model(torch.tensor(ids), Positions(torch.arange(30)[None]), PackedAttend([30])))
+    want = logits.double().log_softmax(-1)[range(29), ids[1:]]
+    assert torch.allclose(torch.tensor(sequence.prompt_logprobs, dtype=torch.float64), want, atol=1e-5)
+
+
+def test_a_long_prompt_does_not_stall_decoding(tiny: Any) -> None:
+    model = tiny("llama")
+    engine = engine_of(model, max_step_tokens=8, blocks=200)
+    talker = request([1, 2, 3], SamplingParams(temperature=0, max_tokens=40), model)
+    engine.add(talker)
+    engine.step()
+    engine.add(request(list(range(90)) * 2, SamplingParams(temperature=0, max_tokens=2), model))
+    for _ in range(10):
+        before = len(talker.generated)
+        engine.step()
+        assert len(talker.generated) == before + 1
