@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "hanlin_cpu.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #if defined(_MSC_VER)
 #include <intrin.h>
