@@ -1,8 +1,9 @@
 """Find and fetch models: local paths, GGUF files, the Hugging Face Hub, and the default model."""
 
+from hanlin.hub.default import SMOLLM2 as DEFAULT
 from hanlin.hub.places import Places
 from hanlin.hub.report import Report
 from hanlin.hub.resolve import Location, pull, resolve
-from hanlin.hub.store import Entry, cached, remove
+from hanlin.hub.store import Entry, cached, find, remove
 
-__all__ = ["Entry", "Location", "Places", "Report", "cached", "pull", "remove", "resolve"]
+__all__ = ["DEFAULT", "Entry", "Location", "Places", "Report", "cached", "find", "pull", "remove", "resolve"]

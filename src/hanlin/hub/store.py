@@ -15,7 +15,7 @@ from hanlin.errors import ConfigError, DownloadError, ModelNotFoundError
 from hanlin.hub import default, huggingface, names
 from hanlin.hub.places import Places
 
-__all__ = ["Entry", "cached", "remove"]
+__all__ = ["Entry", "cached", "find", "remove"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def remove(model: str, *, places: Places | None = None) -> Entry:
         DownloadError: the system refuses to delete it.
     """
     places = places or Places.default()
-    entry = find(model, places)
+    entry = find(model, places=places)
     roots = (places.models(), places.hub_cache)
     outside = entry.path.is_symlink() or entry.path.resolve().parent not in [root.resolve() for root in roots]
     if outside:
@@ -92,14 +92,14 @@ def remove(model: str, *, places: Places | None = None) -> Entry:
     return entry
 
 
-def find(model: str, places: Places) -> Entry:
+def find(model: str, *, places: Places | None = None) -> Entry:
     """The cache entry that `model` names: the default, a hub id under any of its organisation's names, or a short name.
 
     Raises:
         ModelNotFoundError: it is not in a cache; names those that are.
         ConfigError: it is a path, not the name of a cached model.
     """
-    entries = {entry.id.lower(): entry for entry in cached(places=places)}
+    entries = {entry.id.lower(): entry for entry in cached(places=places or Places.default())}
     wanted = names.parse(model) or names.short(model)
     repos = names.equivalents(wanted.repo) if wanted else (names.DEFAULT,) if names.is_default(model) else (model,)
     for repo in repos:

@@ -1,0 +1,198 @@
+"""The verbs about models on disk: list, show, pull, rm."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hanlin import hub
+from hanlin.errors import ConfigError
+from hanlin.hub.report import megabytes
+
+if TYPE_CHECKING:
+    from hanlin.checkpoints.source import TensorSource
+
+__all__ = ["list_models", "pull", "rm", "show"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def list_models(as_json: AsJson = False) -> None:
+    """List the models on this disk: Hanlin's own, and those in the cache shared with huggingface_hub."""
+    entries = hub.cached()
+    if as_json:
+        print(json.dumps([_plain(entry) for entry in entries], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("MODEL", "KIND", "SIZE", "LAST USED"):
+        table.add_column(title, justify="right" if title == "SIZE" else "left", overflow="fold")
+    if not any(entry.id == hub.DEFAULT.id for entry in entries):
+        table.add_row(f"{hub.DEFAULT.id} (default)", "gguf", megabytes(hub.DEFAULT.size), "not fetched yet")
+    for entry in entries:
+        name = f"{entry.id} (default)" if entry.id == hub.DEFAULT.id else entry.id
+        when = _ago(entry.last_used) if entry.complete else "fetched in part; hanlin pull goes on"
+        table.add_row(name, entry.kind or "-", megabytes(entry.size), when)
+    # A terminal wraps long names; a pipe gets whole lines.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _plain(entry: hub.Entry) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "kind": entry.kind,
+        "size": entry.size,
+        "last_used": entry.last_used.isoformat(timespec="seconds"),
+        "complete": entry.complete,
+        "default": entry.id == hub.DEFAULT.id,
+        "path": str(entry.path),
+    }
+
+
+def _ago(moment: datetime) -> str:
+    seconds = max((datetime.now(timezone.utc) - moment).total_seconds(), 0)
+    for name, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def pull(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="org/name, org/name:Q4_K_M for one GGUF file, or a short name.", show_default="smollm2"),
+    ] = None,
+) -> None:
+    """Fetch a model's data files and check their hashes. Run again, it fetches only what is missing or new."""
+    print(hub.pull(model).path)
+
+
+def rm(
+    model: Annotated[str, typer.Argument(help="A model of `hanlin list`.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a fetched model. Files that Hanlin did not fetch are never deleted."""
+    entry = hub.find(model)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"refusing to delete {entry.id} unasked. Say --yes where nobody can answer.")
+        if not typer.confirm(f"Delete {entry.id} ({megabytes(entry.size)}, {entry.path})?", err=True):
+            raise typer.Exit(1)
+    hub.remove(model)
+    print(f"Deleted {entry.id}, {megabytes(entry.size)}.", file=sys.stderr)
+
+
+def show(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory, a .gguf file, or a name.", show_default="smollm2")
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model on this disk is. Only headers are read, no weights."""
+    location = hub.resolve(model, fetch=False)
+    from hanlin.checkpoints.source import open_source
+
+    with open_source(location.path) as source:
+        facts = describe(location, source)
+        rows = [(i.name, list(i.shape), i.dtype, i.nbytes) for i in source.infos.values()] if tensors else []
+    if as_json:
+        names = ("name", "shape", "dtype", "bytes")
+        listed = {"tensors": [dict(zip(names, row, strict=True)) for row in rows]} if tensors else {}
+        print(json.dumps({**facts, **listed}, indent=2, ensure_ascii=False))
+        return
+    shown = {**facts, "parameters": _count(facts["parameters"]), "size": megabytes(facts["size"])}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        print(f"{name.replace('_', ' '):<{width}}  {'unknown' if value is None else value}")
+    for tensor, shape, dtype, size in rows:
+        print(f"{tensor}  {dtype} {shape}  {megabytes(size)}")
+
+
+def describe(location: hub.Location, source: TensorSource) -> dict[str, Any]:
+    """What is known about a model from its headers and JSON files; None for what nothing says."""
+    said = _of_gguf(source.metadata) if location.kind == "gguf" else _of_directory(location.path)
+    infos = source.infos.values()
+    kinds: Counter[str] = Counter()
+    parameters = 0
+    for info in infos:
+        count = 1
+        for length in info.shape:
+            count *= length
+        parameters += count
+        kinds[info.dtype] += info.nbytes
+    return {
+        "model": location.id,
+        **said,
+        "parameters": parameters,
+        "weights": ", ".join(kind for kind, _ in kinds.most_common()),
+        "size": sum(info.nbytes for info in infos),
+        "tensors": len(source.infos),
+        "path": str(location.path),
+    }
+
+
+def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    family = metadata.get("general.architecture")
+    return {
+        "name": metadata.get("general.name"),
+        "family": family,
+        "context": metadata.get(f"{family}.context_length"),
+        "layers": metadata.get(f"{family}.block_count"),
+        "hidden_size": metadata.get(f"{family}.embedding_length"),
+        "chat_template": "its own" if metadata.get("tokenizer.chat_template") else None,
+        "licence": metadata.get("general.license"),
+    }
+
+
+def _of_directory(path: Path) -> dict[str, Any]:
+    from hanlin.checkpoints.description import read_json
+
+    config = read_json(path / "config.json", optional=True)
+    tokenizer = read_json(path / "tokenizer_config.json", optional=True)
+    template = tokenizer.get("chat_template") or (path / "chat_template.jinja").is_file()
+
+    def first(*keys: str) -> Any:
+        return next((config[key] for key in keys if config.get(key) is not None), None)
+
+    quantised = first("quantization_config")
+    return {
+        "name": path.resolve().name,
+        "family": first("model_type"),
+        "context": first("max_position_embeddings", "seq_length", "max_sequence_length"),
+        "layers": first("num_hidden_layers", "num_layers"),
+        "hidden_size": first("hidden_size"),
+        "quantised_by": quantised.get("quant_method") if isinstance(quantised, Mapping) else None,
+        "chat_template": "its own" if template else None,
+        "licence": _licence(path),
+    }
+
+
+def _licence(path: Path) -> str | None:
+    """From the front matter of the model card, as the hub reads it."""
+    try:
+        with (path / "README.md").open(encoding="utf-8", errors="replace") as card:
+            head = card.read(1 << 16)
+    except OSError:
+        return None
+    front = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
+    found = front and re.search(r"^license:\s*([\w.+-]+)\s*$", front[1], re.MULTILINE)
+    return found[1] if found else None
+
+
+def _count(number: int) -> str:
+    for unit, scale in ((" billion", 10**9), (" million", 10**6)):
+        if number >= scale:
+            return f"{number / scale:.4g}{unit}"
+    return str(number)
