@@ -39,7 +39,8 @@ extern "C" int32_t hl_threads(const hl_ctx* ctx) { return ctx->pool.size(); }
 extern "C" int32_t hl_alloc(int64_t bytes, void** memory) {
   if (memory == nullptr || bytes < 0) return hl::fail(HL_ERR_ARGUMENT, "hl_alloc: bad arguments");
   *memory = bytes == 0 ? nullptr : _aligned_malloc(static_cast<size_t>(bytes), 64);
-  if (bytes > 0 && *memory == nullptr) return hl::fail(HL_ERR_MEMORY, "no %lld bytes of memory", static_cast<long long>(bytes));
+  if (bytes > 0 && *memory == nullptr)
+    return hl::fail(HL_ERR_MEMORY, "no %lld bytes of memory", static_cast<long long>(bytes));
   if (bytes > 0) std::memset(*memory, 0, static_cast<size_t>(bytes));
   return HL_OK;
 }
@@ -59,10 +60,12 @@ extern "C" int32_t hl_alloc(int64_t bytes, void** memory) {
   if (raw == MAP_FAILED) return hl::fail(HL_ERR_MEMORY, "no %lld bytes of memory", static_cast<long long>(bytes));
   char* begin = static_cast<char*>(raw);
   if (slack > 0) {  // give back what lies before and behind the aligned part; hl_free then unmaps exactly `bytes`
-    char* aligned = begin + (huge_page - static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % huge_page)) % huge_page;
+    char* aligned =
+        begin + (huge_page - static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % huge_page)) % huge_page;
     const auto page = static_cast<uintptr_t>(4096);
     char* end = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(aligned + bytes) + page - 1) / page * page);
-    char* raw_end = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(begin + bytes + slack) + page - 1) / page * page);
+    char* raw_end =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(begin + bytes + slack) + page - 1) / page * page);
     if (aligned > begin) munmap(begin, static_cast<size_t>(aligned - begin));
     if (raw_end > end) munmap(end, static_cast<size_t>(raw_end - end));
     begin = aligned;

@@ -60,6 +60,6 @@ struct hl_ctx {
 
   const hl::Isa* const isa;
   hl::Pool pool;
-  std::mutex busy;     // held by whatever uses pool or scratch
+  std::mutex busy;  // held by whatever uses pool or scratch
   hl::Scratch scratch;
 };

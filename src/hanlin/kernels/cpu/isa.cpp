@@ -20,8 +20,8 @@
 
 namespace hl {
 
-#define HL_DECLARE(name)                  \
-  namespace name {                        \
+#define HL_DECLARE(name)                   \
+  namespace name {                         \
   extern const LinearKernels linear_table; \
   extern const OpKernels op_table;         \
   }

@@ -18,7 +18,8 @@ struct Isa {
 // Best first; `count` of them. Every list ends with "portable".
 const Isa* isa_list(int* count);
 
-// By name, or the best one for nullptr. Returns nullptr when unknown or not supported here, and says which in `*problem`.
+// By name, or the best one for nullptr. Returns nullptr when unknown or not supported here, and says which in
+// `*problem`.
 const Isa* isa_find(const char* name, const char** problem);
 
 }  // namespace hl

@@ -19,8 +19,8 @@ static inline Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind
 // 32 inputs rounded to int8: x = scale * q. The sums let weights be stored unsigned.
 struct ActGroup {
   float scale;
-  int32_t neg_sum;    // -(q[0] + ... + q[31])
-  float scaled_sum;   // scale * (q[0] + ... + q[31])
+  int32_t neg_sum;   // -(q[0] + ... + q[31])
+  float scaled_sum;  // scale * (q[0] + ... + q[31])
   float unused;
   int8_t q[32];
 };
@@ -28,7 +28,9 @@ static_assert(sizeof(ActGroup) == 48, "kernels count on it");
 
 // Bytes of one prepared row; a multiple of 64. A buffer of prepared rows is aligned to 64.
 static inline int64_t act_stride(Act act, int64_t in) {
-  const int64_t bytes = act == Act::f32 ? in * 4 : act == Act::bf16 ? (in + 1) / 2 * 4 : (in + 31) / 32 * int64_t(sizeof(ActGroup));
+  const int64_t bytes = act == Act::f32    ? in * 4
+                        : act == Act::bf16 ? (in + 1) / 2 * 4
+                                           : (in + 31) / 32 * int64_t(sizeof(ActGroup));
   return (bytes + 63) / 64 * 64;
 }
 
@@ -38,24 +40,31 @@ static inline bool has_offsets(int32_t kind) { return kind >= HL_INT4_MIN; }
 
 static inline int64_t tiles_of(const hl_weight& w) { return (w.out + HL_TILE - 1) / HL_TILE; }
 
-// Bytes of 32 inputs x 32 outputs of codes, of the scales (and zeros) before a group's codes, of a group, and of a tile.
+// Bytes of 32 inputs x 32 outputs of codes, of the scales (and zeros) before a group's codes, of a group, and of a
+// tile.
 static inline int64_t sub_bytes(int32_t kind) { return is_int4(kind) ? 512 : 1024; }
 static inline int64_t group_header(int32_t kind) { return has_offsets(kind) ? 128 : 64; }
-static inline int64_t group_bytes(int32_t kind, int32_t group) { return group_header(kind) + group / 32 * sub_bytes(kind); }
+static inline int64_t group_bytes(int32_t kind, int32_t group) {
+  return group_header(kind) + group / 32 * sub_bytes(kind);
+}
 static inline int64_t tile_bytes(const hl_weight& w) {
   switch (w.kind) {
-    case HL_F32: return w.in * HL_TILE * 4;
-    case HL_BF16: return (w.in + 1) / 2 * HL_TILE * 4;
-    case HL_INT8_ROW: return HL_TILE * 4 + (w.in + 31) / 32 * sub_bytes(w.kind);
-    default: return w.in / w.group * group_bytes(w.kind, w.group);
+    case HL_F32:
+      return w.in * HL_TILE * 4;
+    case HL_BF16:
+      return (w.in + 1) / 2 * HL_TILE * 4;
+    case HL_INT8_ROW:
+      return HL_TILE * 4 + (w.in + 31) / 32 * sub_bytes(w.kind);
+    default:
+      return w.in / w.group * group_bytes(w.kind, w.group);
   }
 }
 
 // What happens to a product before it is written; see HL_ADD and friends.
 struct Epilogue {
-  float* y;             // row r starts at y + r * ldy
+  float* y;  // row r starts at y + r * ldy
   int64_t ldy;
-  const float* bias;    // (out,) or nullptr
+  const float* bias;  // (out,) or nullptr
   int32_t flags;
 };
 
@@ -64,15 +73,16 @@ struct LinearKernels {
   // x (in,) into one prepared row. Bytes between `in` and the stride are filled with zeros.
   void (*prepare)(Act act, const float* x, int64_t in, void* row);
 
-  // Output tiles [tile0, tile1) of a product of `rows` prepared rows, `stride` bytes apart. The caller shares tiles out among threads
-  // (Team::split(tiles_of(w))); any split, and any split of the rows, gives the same bits.
-  void (*product)(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out);
+  // Output tiles [tile0, tile1) of a product of `rows` prepared rows, `stride` bytes apart. The caller shares tiles out
+  // among threads (Team::split(tiles_of(w))); any split, and any split of the rows, gives the same bits.
+  void (*product)(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
+                  const Epilogue& out);
 };
 
-// The whole product as one piece of a team's work: prepares x into `scratch` (rows * act_stride bytes), meets at a barrier, multiplies.
-// No barrier at the end.
-void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows, void* scratch,
-            const Epilogue& out);
+// The whole product as one piece of a team's work: prepares x into `scratch` (rows * act_stride bytes), meets at a
+// barrier, multiplies. No barrier at the end.
+void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows,
+            void* scratch, const Epilogue& out);
 
 // nullptr, or what is wrong with the description of a weight (not its contents).
 const char* weight_problem(const hl_weight& w);

@@ -1,8 +1,8 @@
 // Matrix products, compiled once a variant.
 //
-// One output tile at a time: `R` rows of inputs against 32 outputs, all of the inputs in order, sums in registers. The tile stays in the
-// cache while the panels of R rows pass by, so each weight is read from memory once. The order in which one output's products are added
-// does not depend on R, so neither does its value.
+// One output tile at a time: `R` rows of inputs against 32 outputs, all of the inputs in order, sums in registers. The
+// tile stays in the cache while the panels of R rows pass by, so each weight is read from memory once. The order in
+// which one output's products are added does not depend on R, so neither does its value.
 #include "linear.h"
 #include "simd_dot.h"
 
@@ -12,9 +12,9 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int halves = 2, int_rows = 6, float_rows = 12;  // 32 registers of 16 lanes
 #elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int halves = 1, int_rows = 2, float_rows = 4;   // 32 registers of 4 lanes
+constexpr int halves = 1, int_rows = 2, float_rows = 4;  // 32 registers of 4 lanes
 #else
-constexpr int halves = 1, int_rows = 2, float_rows = 4;   // 16 registers of 8 lanes
+constexpr int halves = 1, int_rows = 2, float_rows = 4;  // 16 registers of 8 lanes
 #endif
 
 // The widest panel's results: R rows of 32 outputs.
@@ -31,7 +31,7 @@ struct Panel {
 #define HL_UNROLL _Pragma("unroll")
 #endif
 
-// ---- integer kinds ------------------------------------------------------------------------------------------------------------------
+// ---- integer kinds --------------------------------------------------------------------------------------------------
 
 HL_INLINE const ActGroup& sub_of(const Panel& x, int row, int64_t sub) {
   return *reinterpret_cast<const ActGroup*>(x.rows + row * x.stride + sub * static_cast<int64_t>(sizeof(ActGroup)));
@@ -78,8 +78,7 @@ void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Res
   const int64_t subs = (weight.in + 31) / 32, subs_per_group = Kind == HL_INT8_ROW ? subs : weight.group / 32;
   for (int half0 = 0; half0 < 2; half0 += halves) {
     F sums[R][halves];
-    HL_UNROLL for (int r = 0; r < R; r++)
-      HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
     const uint8_t* w = tile + (Kind == HL_INT8_ROW ? HL_TILE * 4 : 0);
     for (int64_t sub = 0; sub < subs;) {
       const uint16_t* scales = reinterpret_cast<const uint16_t*>(w);
@@ -104,23 +103,21 @@ void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Res
         }
       }
     }
-    HL_UNROLL for (int r = 0; r < R; r++)
-      HL_UNROLL for (int h = 0; h < halves; h++) {
-        F y = sums[r][h];
-        if (Kind == HL_INT8_ROW) y = mul(y, load(reinterpret_cast<const float*>(tile) + 16 * (half0 + h)));
-        store(results[r] + 16 * (half0 + h), y);
-      }
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) {
+      F y = sums[r][h];
+      if (Kind == HL_INT8_ROW) y = mul(y, load(reinterpret_cast<const float*>(tile) + 16 * (half0 + h)));
+      store(results[r] + 16 * (half0 + h), y);
+    }
   }
 }
 
-// ---- float kinds --------------------------------------------------------------------------------------------------------------------
+// ---- float kinds ----------------------------------------------------------------------------------------------------
 
 template <int R>
 void f32_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Results& results) {
   for (int half0 = 0; half0 < 2; half0 += halves) {
     F sums[R][halves];
-    HL_UNROLL for (int r = 0; r < R; r++)
-      HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
     const float* w = reinterpret_cast<const float*>(tile) + 16 * half0;
     for (int64_t k = 0; k < weight.in; k++, w += HL_TILE) {
       F part[halves];
@@ -130,8 +127,8 @@ void f32_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Res
         HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = fma(part[h], a, sums[r][h]);
       }
     }
-    HL_UNROLL for (int r = 0; r < R; r++)
-      HL_UNROLL for (int h = 0; h < halves; h++) store(results[r] + 16 * (half0 + h), sums[r][h]);
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++)
+        store(results[r] + 16 * (half0 + h), sums[r][h]);
   }
 }
 
@@ -140,8 +137,7 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
   const int64_t pairs = (weight.in + 1) / 2;
   for (int half0 = 0; half0 < 2; half0 += halves) {
     F sums[R][halves];
-    HL_UNROLL for (int r = 0; r < R; r++)
-      HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
     const uint8_t* w = tile + 64 * half0;
     for (int64_t k = 0; k < pairs; k++, w += 4 * HL_TILE) {
       I part[halves];
@@ -159,12 +155,12 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
         }
       }
     }
-    HL_UNROLL for (int r = 0; r < R; r++)
-      HL_UNROLL for (int h = 0; h < halves; h++) store(results[r] + 16 * (half0 + h), sums[r][h]);
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++)
+        store(results[r] + 16 * (half0 + h), sums[r][h]);
   }
 }
 
-// ---- a panel's results, written ---------------------------------------------------------------------------------------------------
+// ---- a panel's results, written -------------------------------------------------------------------------------------
 
 void write_panel(const Results& results, int64_t rows, int64_t row0, int64_t tile, int64_t outs, const Epilogue& out) {
   const int64_t first_out = tile * HL_TILE;
@@ -199,7 +195,7 @@ void write_panel(const Results& results, int64_t rows, int64_t row0, int64_t til
   }
 }
 
-// ---- from kinds and row counts to the functions above -------------------------------------------------------------------------------
+// ---- from kinds and row counts to the functions above ---------------------------------------------------------------
 
 using PanelFunction = void (*)(const hl_weight&, const uint8_t*, const Panel&, Results&);
 
@@ -220,7 +216,8 @@ PanelFunction choose(int64_t rows) {
 
 // As few panels as there can be, as even as they can be: 8 rows are 4 + 4, not 6 + 2.
 template <int Kind>
-void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out) {
+void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
+                const Epilogue& out) {
   const int64_t bytes = tile_bytes(w), panels = (n_rows + most_rows(Kind) - 1) / most_rows(Kind);
   for (int64_t tile = tile0; tile < tile1; tile++) {
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + tile * bytes;
@@ -233,22 +230,31 @@ void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t
   }
 }
 
-void product(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1, const Epilogue& out) {
+void product(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
+             const Epilogue& out) {
   const uint8_t* x = static_cast<const uint8_t*>(rows);
   switch (w.kind) {
-    case HL_F32: return product_of<HL_F32>(w, x, stride, n_rows, tile0, tile1, out);
-    case HL_BF16: return product_of<HL_BF16>(w, x, stride, n_rows, tile0, tile1, out);
-    case HL_INT8_ROW: return product_of<HL_INT8_ROW>(w, x, stride, n_rows, tile0, tile1, out);
-    case HL_INT8: return product_of<HL_INT8>(w, x, stride, n_rows, tile0, tile1, out);
-    case HL_INT4: return product_of<HL_INT4>(w, x, stride, n_rows, tile0, tile1, out);
-    case HL_INT4_MIN: return product_of<HL_INT4_MIN>(w, x, stride, n_rows, tile0, tile1, out);
-    default: return product_of<HL_INT4_ZERO>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_F32:
+      return product_of<HL_F32>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_BF16:
+      return product_of<HL_BF16>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT8_ROW:
+      return product_of<HL_INT8_ROW>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT8:
+      return product_of<HL_INT8>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT4:
+      return product_of<HL_INT4>(w, x, stride, n_rows, tile0, tile1, out);
+    case HL_INT4_MIN:
+      return product_of<HL_INT4_MIN>(w, x, stride, n_rows, tile0, tile1, out);
+    default:
+      return product_of<HL_INT4_ZERO>(w, x, stride, n_rows, tile0, tile1, out);
   }
 }
 
-// ---- preparing inputs ---------------------------------------------------------------------------------------------------------------
+// ---- preparing inputs -----------------------------------------------------------------------------------------------
 
-// A group of zeros, or of values too small to divide by, has scale 0; one with a value that is not finite has scale NaN.
+// A group of zeros, or of values too small to divide by, has scale 0; one with a value that is not finite has scale
+// NaN.
 void prepare_int8(const float* x, int n, ActGroup* out) {
   const F a = load(x, n < 16 ? n : 16), b = n > 16 ? load(x + 16, n - 16) : zero();
   const I magnitude = set1i(0x7FFFFFFF);

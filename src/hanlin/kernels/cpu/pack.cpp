@@ -1,4 +1,5 @@
-// From the matrices that files hold to packed weights, a row at a time: read or quantise a row into codes, then put it in its place.
+// From the matrices that files hold to packed weights, a row at a time: read or quantise a row into codes, then put it
+// in its place.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -11,7 +12,7 @@
 namespace hl {
 namespace {
 
-constexpr int block = 32;                                        // values in a GGUF block
+constexpr int block = 32;  // values in a GGUF block
 constexpr int64_t q4_0_bytes = 18, q4_1_bytes = 20, q8_0_bytes = 34;
 
 // One row on its way: `codes` for integer kinds, `values` for float kinds and before quantising.
@@ -28,7 +29,7 @@ struct Row {
   float scale = 0;                      // HL_INT8_ROW
 };
 
-// ---- reading a row: false when a value is not finite --------------------------------------------------------------------------------
+// ---- reading a row: false when a value is not finite ----------------------------------------------------------------
 
 bool read_values(const hl_weight& w, int32_t source, const void* src, int64_t row, Row& out) {
   const size_t n = static_cast<size_t>(w.in), start = static_cast<size_t>(row) * n;
@@ -59,7 +60,9 @@ uint16_t read16(const uint8_t* p) {
 }
 
 bool read_blocks(const hl_weight& w, int32_t source, const void* src, int64_t row, Row& out) {
-  const int64_t blocks = w.in / block, bytes = source == HL_SRC_Q4_0 ? q4_0_bytes : source == HL_SRC_Q4_1 ? q4_1_bytes : q8_0_bytes;
+  const int64_t blocks = w.in / block, bytes = source == HL_SRC_Q4_0   ? q4_0_bytes
+                                               : source == HL_SRC_Q4_1 ? q4_1_bytes
+                                                                       : q8_0_bytes;
   const uint8_t* p = static_cast<const uint8_t*>(src) + row * blocks * bytes;
   bool finite = true;
   for (int64_t b = 0; b < blocks; b++, p += bytes) {
@@ -112,9 +115,10 @@ bool read_codes(const hl_weight& w, const Codes& from, int64_t row, Row& out) {
   return finite;
 }
 
-// ---- quantising ---------------------------------------------------------------------------------------------------------------------
+// ---- quantising -----------------------------------------------------------------------------------------------------
 
-// To the nearest whole number, ties to even, for |x| < 2^22; unlike rintf it is inlined, and turned into vectors, on every CPU.
+// To the nearest whole number, ties to even, for |x| < 2^22; unlike rintf it is inlined, and turned into vectors, on
+// every CPU.
 inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
@@ -130,7 +134,8 @@ float inverse_of(float scale) { return scale == 0 ? 0 : 1 / scale; }
 void round_codes(const float* x, int64_t n, float scale, float middle, float top, uint8_t* codes) {
   const float inverse = inverse_of(scale);
   for (int64_t i = 0; i < n; i++)
-    codes[i] = static_cast<uint8_t>(static_cast<int32_t>(clamp(nearest(clamp(x[i] * inverse, -256, 256)) + middle, 0, top)));
+    codes[i] =
+        static_cast<uint8_t>(static_cast<int32_t>(clamp(nearest(clamp(x[i] * inverse, -256, 256)) + middle, 0, top)));
 }
 
 struct Extent {
@@ -181,7 +186,8 @@ bool quantise(const hl_weight& w, Row& row) {
       fits &= finite_half(row.zeros[g]);
       const float low = half_to_float(row.zeros[g]), inverse = inverse_of(scale);
       for (int64_t i = 0; i < w.group; i++)
-        codes[i] = static_cast<uint8_t>(static_cast<int32_t>(clamp(nearest(clamp((x[i] - low) * inverse, -256, 256)), 0, 15)));
+        codes[i] =
+            static_cast<uint8_t>(static_cast<int32_t>(clamp(nearest(clamp((x[i] - low) * inverse, -256, 256)), 0, 15)));
     } else {
       round_codes(x, w.group, scale, middle, w.kind == HL_INT8 ? 255 : 15, codes);
     }
@@ -190,9 +196,10 @@ bool quantise(const hl_weight& w, Row& row) {
   return fits;
 }
 
-// ---- placing ------------------------------------------------------------------------------------------------------------------------
+// ---- placing --------------------------------------------------------------------------------------------------------
 
-// Calls visit(input, byte offset from the tile's start) for the first byte of each quad (int8) or pair (int4) of output `out`.
+// Calls visit(input, byte offset from the tile's start) for the first byte of each quad (int8) or pair (int4) of output
+// `out`.
 template <class Visit>
 void each_quad(const hl_weight& w, int64_t out, const Visit& visit) {
   const int64_t in = (w.in + 31) / 32 * 32, group = is_grouped(w.kind) ? w.group : in;
@@ -204,7 +211,9 @@ void each_quad(const hl_weight& w, int64_t out, const Visit& visit) {
   }
 }
 
-uint8_t* tile_of(const hl_weight& w, int64_t out) { return static_cast<uint8_t*>(w.data) + out / HL_TILE * tile_bytes(w); }
+uint8_t* tile_of(const hl_weight& w, int64_t out) {
+  return static_cast<uint8_t*>(w.data) + out / HL_TILE * tile_bytes(w);
+}
 
 void put(const hl_weight& w, const Row& row, int64_t out) {
   uint8_t* tile = tile_of(w, out);
@@ -216,7 +225,8 @@ void put(const hl_weight& w, const Row& row, int64_t out) {
   }
   if (w.kind == HL_BF16) {
     uint16_t* to = reinterpret_cast<uint16_t*>(tile) + 2 * lane;
-    for (int64_t k = 0; k < w.in; k++) to[k / 2 * 2 * HL_TILE + k % 2] = float_to_bf16(row.values[static_cast<size_t>(k)]);
+    for (int64_t k = 0; k < w.in; k++)
+      to[k / 2 * 2 * HL_TILE + k % 2] = float_to_bf16(row.values[static_cast<size_t>(k)]);
     return;
   }
   const uint8_t* codes = row.codes.data();
@@ -265,31 +275,34 @@ void unpack_row(const hl_weight& w, int64_t out, float* x) {
         continue;
       }
       const int code = j < 4 ? tile[at + j] & 15 : tile[at + j - 4] >> 4;
-      x[k + j] = w.kind == HL_INT4 ? scale * static_cast<float>(code - 8)
+      x[k + j] = w.kind == HL_INT4       ? scale * static_cast<float>(code - 8)
                  : w.kind == HL_INT4_MIN ? scale * static_cast<float>(code) + offset
                                          : scale * (static_cast<float>(code) - offset);
     }
   });
 }
 
-// ---- what both ways of packing share ------------------------------------------------------------------------------------------------
+// ---- what both ways of packing share --------------------------------------------------------------------------------
 
-int32_t check(const char* call, const hl_ctx* ctx, const hl_weight* w, const void* src, int64_t rows, int64_t first, const int32_t* place) {
-  if (ctx == nullptr || w == nullptr || w->data == nullptr || src == nullptr) return fail(HL_ERR_ARGUMENT, "%s: a null pointer", call);
+int32_t check(const char* call, const hl_ctx* ctx, const hl_weight* w, const void* src, int64_t rows, int64_t first,
+              const int32_t* place) {
+  if (ctx == nullptr || w == nullptr || w->data == nullptr || src == nullptr)
+    return fail(HL_ERR_ARGUMENT, "%s: a null pointer", call);
   if (const char* problem = weight_problem(*w)) return fail(HL_ERR_ARGUMENT, "%s: weight: %s", call, problem);
   if (rows < 0 || (place == nullptr && (first < 0 || rows > w->out - first)))
     return fail(HL_ERR_ARGUMENT, "%s: %lld rows at %lld do not fit %lld outputs", call, static_cast<long long>(rows),
                 static_cast<long long>(first), static_cast<long long>(w->out));
   for (int64_t r = 0; place != nullptr && r < rows; r++)
     if (place[r] < 0 || place[r] >= w->out)
-      return fail(HL_ERR_ARGUMENT, "%s: place[%lld] = %d is not one of %lld outputs", call, static_cast<long long>(r), place[r],
-                  static_cast<long long>(w->out));
+      return fail(HL_ERR_ARGUMENT, "%s: place[%lld] = %d is not one of %lld outputs", call, static_cast<long long>(r),
+                  place[r], static_cast<long long>(w->out));
   return HL_OK;
 }
 
 // read(row number, Row&) -> finite. Threads take whole tiles where rows keep their order.
 template <class Read>
-int32_t pack_rows(hl_ctx* ctx, const hl_weight& w, int64_t rows, int64_t first, const int32_t* place, int64_t* bad_row, const Read& read) {
+int32_t pack_rows(hl_ctx* ctx, const hl_weight& w, int64_t rows, int64_t first, const int32_t* place, int64_t* bad_row,
+                  const Read& read) {
   return guarded([&]() -> int32_t {
     std::lock_guard<std::mutex> lock(ctx->busy);
     std::vector<Row> scratch(static_cast<size_t>(ctx->pool.size()), Row(w));
@@ -326,8 +339,9 @@ extern "C" int32_t hl_pack(hl_ctx* ctx, hl_weight* weight, int32_t source, const
   const bool blocks = source >= HL_SRC_Q4_0;
   const int32_t kind = source == HL_SRC_Q4_0 ? HL_INT4 : source == HL_SRC_Q4_1 ? HL_INT4_MIN : HL_INT8;
   if (blocks && (w.kind != kind || w.group != hl::block))
-    return hl::fail(HL_ERR_ARGUMENT, "pack: these GGUF blocks fit kind %d with groups of 32 only, not kind %d with groups of %d", kind, w.kind,
-                    w.group);
+    return hl::fail(HL_ERR_ARGUMENT,
+                    "pack: these GGUF blocks fit kind %d with groups of 32 only, not kind %d with groups of %d", kind,
+                    w.kind, w.group);
   return hl::pack_rows(ctx, w, rows, first, place, bad_row, [&](int64_t r, hl::Row& row) {
     if (blocks) return hl::read_blocks(w, source, src, r, row);
     if (!hl::read_values(w, source, src, r, row)) return false;
@@ -335,18 +349,22 @@ extern "C" int32_t hl_pack(hl_ctx* ctx, hl_weight* weight, int32_t source, const
   });
 }
 
-extern "C" int32_t hl_pack_codes(hl_ctx* ctx, hl_weight* weight, const uint8_t* codes, const void* scales, const uint16_t* zeros,
-                                 int64_t rows, int64_t first, const int32_t* place, int64_t* bad_row) {
+extern "C" int32_t hl_pack_codes(hl_ctx* ctx, hl_weight* weight, const uint8_t* codes, const void* scales,
+                                 const uint16_t* zeros, int64_t rows, int64_t first, const int32_t* place,
+                                 int64_t* bad_row) {
   if (const int32_t status = hl::check("pack_codes", ctx, weight, codes, rows, first, place)) return status;
   const hl_weight& w = *weight;
   if (w.kind < HL_INT8_ROW) return hl::fail(HL_ERR_ARGUMENT, "pack_codes: a float kind has no codes");
   if (scales == nullptr || (zeros != nullptr) != hl::has_offsets(w.kind))
-    return hl::fail(HL_ERR_ARGUMENT, "pack_codes: kind %d needs scales and %s zeros", w.kind, hl::has_offsets(w.kind) ? "" : "no");
+    return hl::fail(HL_ERR_ARGUMENT, "pack_codes: kind %d needs scales and %s zeros", w.kind,
+                    hl::has_offsets(w.kind) ? "" : "no");
   const hl::Codes from = {codes, scales, zeros};
-  return hl::pack_rows(ctx, w, rows, first, place, bad_row, [&](int64_t r, hl::Row& row) { return hl::read_codes(w, from, r, row); });
+  return hl::pack_rows(ctx, w, rows, first, place, bad_row,
+                       [&](int64_t r, hl::Row& row) { return hl::read_codes(w, from, r, row); });
 }
 
-extern "C" int32_t hl_unpack(hl_ctx* ctx, const hl_weight* weight, const int32_t* index, int64_t rows, float* y, int64_t ldy) {
+extern "C" int32_t hl_unpack(hl_ctx* ctx, const hl_weight* weight, const int32_t* index, int64_t rows, float* y,
+                             int64_t ldy) {
   if (const int32_t status = hl::check("unpack", ctx, weight, index, rows, 0, index)) return status;
   if (y == nullptr || ldy < weight->in) return hl::fail(HL_ERR_ARGUMENT, "unpack: no room for a row");
   return hl::guarded([&]() -> int32_t {

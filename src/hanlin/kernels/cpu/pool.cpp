@@ -16,8 +16,8 @@
 namespace hl {
 namespace {
 
-// How long an idle thread spins before it sleeps: longer than the gaps between the operations of a step, shorter than anything a user
-// would see as a busy core. A wake-up from sleep costs some 10 to 50 microseconds.
+// How long an idle thread spins before it sleeps: longer than the gaps between the operations of a step, shorter than
+// anything a user would see as a busy core. A wake-up from sleep costs some 10 to 50 microseconds.
 constexpr auto spin_time = std::chrono::microseconds(100);
 
 inline void relax() {
@@ -36,8 +36,8 @@ inline int64_t process_id() {
 #endif
 }
 
-// Rounding and denormals as IEEE has them while it lives: a caller that flushes denormals to zero would otherwise compute other bits in
-// rank 0 than the workers do.
+// Rounding and denormals as IEEE has them while it lives: a caller that flushes denormals to zero would otherwise
+// compute other bits in rank 0 than the workers do.
 class PlainFloats {
 #if defined(__x86_64__) || defined(_M_X64)
  public:
@@ -65,7 +65,8 @@ class PlainFloats {
 }  // namespace
 
 struct Pool::State {
-  explicit State(int n) : size(n), can_spin(static_cast<unsigned>(n) <= std::thread::hardware_concurrency()), pid(process_id()) {}
+  explicit State(int n)
+      : size(n), can_spin(static_cast<unsigned>(n) <= std::thread::hardware_concurrency()), pid(process_id()) {}
 
   // Starts the workers; when the system refuses one, stops the others before the exception goes on.
   void start(Pool* pool) {
@@ -131,7 +132,9 @@ struct Pool::State {
   void set(std::atomic<uint32_t>& word, uint32_t value) {
     word.store(value);
     if (sleepers.load() == 0) return;
-    { std::lock_guard<std::mutex> lock(mutex); }  // whoever is between its last look and its sleep gets there first
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+    }  // whoever is between its last look and its sleep gets there first
     changed.notify_all();
   }
 
@@ -152,8 +155,7 @@ struct Pool::State {
 Pool::Pool(int threads) : state_(new State(threads)) { state_->start(this); }
 
 Pool::~Pool() {
-  if (state_->pid == process_id())
-    state_->stop();
+  if (state_->pid == process_id()) state_->stop();
   else
     static_cast<void>(state_.release());  // a forked child has no workers to stop; their handles must not be destroyed
 }

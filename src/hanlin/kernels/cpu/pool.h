@@ -21,13 +21,15 @@ struct Team {
   // Waits until every thread of the team is here; what they wrote before is then visible to all.
   void barrier() const;
 
-  // This thread's share of 0..n: contiguous, in units of `grain`, as even as those allow. It depends on nothing but its arguments.
+  // This thread's share of 0..n: contiguous, in units of `grain`, as even as those allow. It depends on nothing but its
+  // arguments.
   Range split(int64_t n, int64_t grain = 1) const;
 };
 
-// `run` wakes the workers and is rank 0 itself. Idle workers spin for a short while, then sleep in the kernel, so they do not fight
-// with other pools of the process. One caller at a time (hl_ctx sees to that). After fork() the child starts its own workers at its first
-// run. Denormals and rounding are IEEE's inside a body, whatever the caller's thread has set.
+// `run` wakes the workers and is rank 0 itself. Idle workers spin for a short while, then sleep in the kernel, so they
+// do not fight with other pools of the process. One caller at a time (hl_ctx sees to that). After fork() the child
+// starts its own workers at its first run. Denormals and rounding are IEEE's inside a body, whatever the caller's
+// thread has set.
 class Pool {
  public:
   explicit Pool(int threads);

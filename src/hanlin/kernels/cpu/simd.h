@@ -1,8 +1,9 @@
 // Sixteen floats at a time, the same on every instruction set, so that kernels are written once.
 //
-// A file that includes this is compiled once a variant, with -DHL_VARIANT=<name> and that variant's machine flags, and puts everything
-// into namespace hl::HL_VARIANT. Such a file must not instantiate inline functions or templates of the standard library (use C headers,
-// `static` functions and the helpers here): the linker keeps one copy of each, and might keep the one that needs AVX-512.
+// A file that includes this is compiled once a variant, with -DHL_VARIANT=<name> and that variant's machine flags, and
+// puts everything into namespace hl::HL_VARIANT. Such a file must not instantiate inline functions or templates of the
+// standard library (use C headers, `static` functions and the helpers here): the linker keeps one copy of each, and
+// might keep the one that needs AVX-512.
 #pragma once
 
 #include <math.h>
@@ -25,12 +26,16 @@ namespace hl::HL_VARIANT {
 
 constexpr int lanes = 16;
 
-// ---- the vector: F holds 16 floats, I 16 int32 ---------------------------------------------------------------------------------
+// ---- the vector: F holds 16 floats, I 16 int32 ----------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 
-struct F { __m512 v; };
-struct I { __m512i v; };
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
 
 HL_INLINE __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
 
@@ -59,14 +64,29 @@ HL_INLINE I maxi(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
 HL_INLINE I nan_lanes(F a) {  // all ones where NaN, else 0
   return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), -1)};
 }
-template <int N> HL_INLINE I shl(I a) { return {_mm512_slli_epi32(a.v, N)}; }
-template <int N> HL_INLINE I shr(I a) { return {_mm512_srai_epi32(a.v, N)}; }  // arithmetic
-HL_INLINE I load_i8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-HL_INLINE I load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-HL_INLINE void store_i8(void* p, I a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }  // low bytes
-HL_INLINE F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+template <int N>
+HL_INLINE I shl(I a) {
+  return {_mm512_slli_epi32(a.v, N)};
+}
+template <int N>
+HL_INLINE I shr(I a) {
+  return {_mm512_srai_epi32(a.v, N)};
+}  // arithmetic
+HL_INLINE I load_i8(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+HL_INLINE I load_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+HL_INLINE void store_i8(void* p, I a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}  // low bytes
+HL_INLINE F load_f16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 HL_INLINE F load_bf16(const uint16_t* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
 }
 HL_INLINE void store_u16(uint16_t* p, I a) {  // low halves
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
@@ -74,8 +94,12 @@ HL_INLINE void store_u16(uint16_t* p, I a) {  // low halves
 
 #elif defined(__AVX2__)
 
-struct F { __m256 lo, hi; };
-struct I { __m256i lo, hi; };
+struct F {
+  __m256 lo, hi;
+};
+struct I {
+  __m256i lo, hi;
+};
 
 HL_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 HL_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -113,10 +137,17 @@ HL_INLINE I ori(I a, I b) { return HL_2(_mm256_or_si256, a, b); }
 HL_INLINE I maxi(I a, I b) { return HL_2(_mm256_max_epi32, a, b); }
 #undef HL_2
 HL_INLINE I nan_lanes(F a) {
-  return {_mm256_castps_si256(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q)), _mm256_castps_si256(_mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))};
+  return {_mm256_castps_si256(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q)),
+          _mm256_castps_si256(_mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q))};
 }
-template <int N> HL_INLINE I shl(I a) { return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)}; }
-template <int N> HL_INLINE I shr(I a) { return {_mm256_srai_epi32(a.lo, N), _mm256_srai_epi32(a.hi, N)}; }
+template <int N>
+HL_INLINE I shl(I a) {
+  return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)};
+}
+template <int N>
+HL_INLINE I shr(I a) {
+  return {_mm256_srai_epi32(a.lo, N), _mm256_srai_epi32(a.hi, N)};
+}
 HL_INLINE __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 HL_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 HL_INLINE I load_i8(const int8_t* p) { return {_mm256_cvtepi8_epi32(load8(p)), _mm256_cvtepi8_epi32(load8(p + 8))}; }
@@ -141,11 +172,15 @@ HL_INLINE void store_u16(uint16_t* p, I a) {
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 
-struct F { float32x4_t v[4]; };
-struct I { int32x4_t v[4]; };
+struct F {
+  float32x4_t v[4];
+};
+struct I {
+  int32x4_t v[4];
+};
 
-#define HL_EACH(T, expression)                      \
-  T r;                                              \
+#define HL_EACH(T, expression)                       \
+  T r;                                               \
   for (int i = 0; i < 4; i++) r.v[i] = (expression); \
   return r
 HL_INLINE F set1(float x) { HL_EACH(F, vdupq_n_f32(x)); }
@@ -181,18 +216,27 @@ HL_INLINE I andi(I a, I b) { HL_EACH(I, vandq_s32(a.v[i], b.v[i])); }
 HL_INLINE I ori(I a, I b) { HL_EACH(I, vorrq_s32(a.v[i], b.v[i])); }
 HL_INLINE I maxi(I a, I b) { HL_EACH(I, vmaxq_s32(a.v[i], b.v[i])); }
 HL_INLINE I nan_lanes(F a) { HL_EACH(I, vreinterpretq_s32_u32(vmvnq_u32(vceqq_f32(a.v[i], a.v[i])))); }
-template <int N> HL_INLINE I shl(I a) { HL_EACH(I, vshlq_n_s32(a.v[i], N)); }
-template <int N> HL_INLINE I shr(I a) { HL_EACH(I, vshrq_n_s32(a.v[i], N)); }
+template <int N>
+HL_INLINE I shl(I a) {
+  HL_EACH(I, vshlq_n_s32(a.v[i], N));
+}
+template <int N>
+HL_INLINE I shr(I a) {
+  HL_EACH(I, vshrq_n_s32(a.v[i], N));
+}
 #undef HL_EACH
 HL_INLINE I load_i8(const int8_t* p) {
   const int8x16_t b = vld1q_s8(p);
   const int16x8_t lo = vmovl_s8(vget_low_s8(b)), hi = vmovl_s8(vget_high_s8(b));
-  return {{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}};
+  return {{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)),
+           vmovl_s16(vget_high_s16(hi))}};
 }
 HL_INLINE I load_u8(const uint8_t* p) {
   const uint8x16_t b = vld1q_u8(p);
-  const int16x8_t lo = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(b))), hi = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(b)));
-  return {{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}};
+  const int16x8_t lo = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(b))),
+                  hi = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(b)));
+  return {{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)), vmovl_s16(vget_low_s16(hi)),
+           vmovl_s16(vget_high_s16(hi))}};
 }
 HL_INLINE void store_u16(uint16_t* p, I a) {
   for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vmovn_u32(vreinterpretq_u32_s32(a.v[i])));
@@ -216,11 +260,15 @@ HL_INLINE F load_bf16(const uint16_t* p) {
 
 #else  // plain loops, which compilers turn into the vectors they know
 
-struct F { float v[16]; };
-struct I { int32_t v[16]; };
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
 
-#define HL_EACH(T, expression)             \
-  T r;                                     \
+#define HL_EACH(T, expression)                        \
+  T r;                                                \
   for (int i = 0; i < 16; i++) r.v[i] = (expression); \
   return r
 HL_INLINE F set1(float x) { HL_EACH(F, x); }
@@ -254,8 +302,14 @@ HL_INLINE I andi(I a, I b) { HL_EACH(I, a.v[i] & b.v[i]); }
 HL_INLINE I ori(I a, I b) { HL_EACH(I, a.v[i] | b.v[i]); }
 HL_INLINE I maxi(I a, I b) { HL_EACH(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 HL_INLINE I nan_lanes(F a) { HL_EACH(I, a.v[i] != a.v[i] ? -1 : 0); }
-template <int N> HL_INLINE I shl(I a) { HL_EACH(I, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N)); }
-template <int N> HL_INLINE I shr(I a) { HL_EACH(I, a.v[i] >> N); }
+template <int N>
+HL_INLINE I shl(I a) {
+  HL_EACH(I, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N));
+}
+template <int N>
+HL_INLINE I shr(I a) {
+  HL_EACH(I, a.v[i] >> N);
+}
 HL_INLINE I load_i8(const int8_t* p) { HL_EACH(I, p[i]); }
 HL_INLINE I load_u8(const uint8_t* p) { HL_EACH(I, p[i]); }
 HL_INLINE void store_i8(void* p, I a) {
@@ -291,7 +345,7 @@ HL_INLINE void store_u16(uint16_t* p, I a) {
 
 #endif
 
-// ---- what follows is built from the above ---------------------------------------------------------------------------------------
+// ---- what follows is built from the above ---------------------------------------------------------------------------
 
 HL_INLINE F zero() { return set1(0.0f); }
 
@@ -331,7 +385,8 @@ HL_INLINE int32_t hmax(I a) {
   return m;
 }
 
-// e^x to about 1 unit in the last place (Cephes' polynomial). Clamped: 1.2e-38 below -87.3, 2.4e38 above 88.3. NaN gives NaN.
+// e^x to about 1 unit in the last place (Cephes' polynomial). Clamped: 1.2e-38 below -87.3, 2.4e38 above 88.3. NaN
+// gives NaN.
 HL_INLINE F exp(F x) {
   const F high = set1(88.3762626647949f), low = set1(-87.3365478515625f);
   const F c = max(low, min(high, x));  // x last: NaN passes

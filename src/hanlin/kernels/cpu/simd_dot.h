@@ -1,8 +1,9 @@
 // Sums of four byte products: sixteen outputs times one quad of inputs at a time.
 //
-// B holds 64 bytes: the quads of 16 outputs. dot_u4 takes codes 0..15, dot_u8 codes q + 128; both add codes * x to sixteen int32, where x is
-// one signed quad in every lane, each of its bytes in -127..127. Where the CPU has no unsigned * signed product, dot_u8 adds q * x instead,
-// and `signed_u8` says that the offset of 128 need not be taken back. All are exact.
+// B holds 64 bytes: the quads of 16 outputs. dot_u4 takes codes 0..15, dot_u8 codes q + 128; both add codes * x to
+// sixteen int32, where x is one signed quad in every lane, each of its bytes in -127..127. Where the CPU has no
+// unsigned * signed product, dot_u8 adds q * x instead, and `signed_u8` says that the offset of 128 need not be taken
+// back. All are exact.
 #pragma once
 
 #include "simd.h"
@@ -11,7 +12,9 @@ namespace hl::HL_VARIANT {
 
 #if defined(__AVX512F__)
 
-struct B { __m512i v; };
+struct B {
+  __m512i v;
+};
 HL_INLINE B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 HL_INLINE B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 HL_INLINE B high_nibbles(B b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
@@ -39,9 +42,12 @@ HL_INLINE I dot_u8(I sum, B w, I x) {  // |q| * (x with q's sign): 2 * 128 * 127
 
 #elif defined(__AVX2__)
 
-struct B { __m256i lo, hi; };
+struct B {
+  __m256i lo, hi;
+};
 HL_INLINE B load_b(const uint8_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
 HL_INLINE B low_nibbles(B b) {
   const __m256i mask = _mm256_set1_epi8(15);
@@ -77,7 +83,9 @@ HL_INLINE I dot_u8(I sum, B w, I x) { return {dot_u8(sum.lo, w.lo, x.lo), dot_u8
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 
-struct B { uint8x16_t v[4]; };
+struct B {
+  uint8x16_t v[4];
+};
 constexpr bool signed_u8 = true;
 HL_INLINE B load_b(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
 HL_INLINE B low_nibbles(B b) {
@@ -104,7 +112,9 @@ HL_INLINE I dot_u8(I sum, B w, I x) {
 
 #else
 
-struct B { uint8_t v[64]; };
+struct B {
+  uint8_t v[64];
+};
 constexpr bool signed_u8 = false;
 HL_INLINE B load_b(const uint8_t* p) {
   B b;

@@ -1,0 +1,69 @@
+"""`python -m hanlin.kernels.build`: compile the CPU library beside this file, for work in a checkout.
+
+An installation does this by itself. Needs cmake and a C++17 compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hanlin.kernels.native import library_path
+
+__all__ = ["build", "main"]
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def build(output: Path | None = None, *, sanitize: str = "") -> Path:
+    """Compile and return the library's path.
+
+    Args:
+        output: where to put the library; None is beside this file, where `hanlin.kernels.native` looks.
+        sanitize: for tests: "address,undefined" or "thread".
+
+    Raises:
+        FileNotFoundError: no sources here (an installed package), or no cmake.
+        subprocess.CalledProcessError: the compiler failed; its output has been shown.
+    """
+    if not (_ROOT / "CMakeLists.txt").exists() or not Path(__file__).with_name("cpu").is_dir():
+        raise FileNotFoundError(
+            "the sources of the CPU library are not installed; run this in a checkout of the repository"
+        )
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise FileNotFoundError("cmake is not installed. Run: pip install cmake ninja")
+    output = output or library_path()
+    directory = _ROOT / "build" / ("native" if not sanitize else "native-" + sanitize.replace(",", "-"))
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = [cmake, "-S", str(_ROOT), "-B", str(directory), *generator, f"-DHANLIN_SANITIZE={sanitize}"]
+    for command in (configure, [cmake, "--build", str(directory), "--config", "Release", "--parallel"]):
+        subprocess.run(command, check=True)
+    made = next(path for path in sorted(directory.rglob(library_path().name)))
+    # Into place by renaming: a running process keeps the copy that it has mapped.
+    staged = output.with_name(output.name + ".new")
+    shutil.copy2(made, staged)
+    staged.replace(output)
+    return output
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m hanlin.kernels.build", description="Compile the CPU library.")
+    parser.add_argument("--output", type=Path, help="where to put the library (default: beside this module)")
+    parser.add_argument("--sanitize", default="", help="address,undefined or thread (for tests)")
+    options = parser.parse_args(arguments)
+    try:
+        print(build(options.output, sanitize=options.sanitize))
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        print(f"hanlin.kernels.build: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
