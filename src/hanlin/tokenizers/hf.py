@@ -1,0 +1,191 @@
+"""Tokenizers stored as `tokenizer.json`: Qwen2, Llama 3, SmolLM2, InternLM2's fast tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from hanlin.errors import TokenizerError, problems
+from hanlin.tokenizers.base import AddedToken, BaseTokenizer, Specials, is_markup
+from hanlin.tokenizers.detokenizer import TokenTable
+
+__all__ = ["HFTokenizer"]
+
+MAX_ID = 1 << 21
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class HFTokenizer(BaseTokenizer):
+    """Ids as the `tokenizers` library gives them, except that no text reaches a special token unless it is parsed for.
+
+    Text is put together here, not by the library: its own decoders need the whole reply, and turn all of a run of byte
+    tokens into U+FFFD when one byte is wrong. Normalisers are the file's own, so text that one changes (NFC for Qwen2)
+    comes back changed.
+
+    Args:
+        data: the parsed `tokenizer.json`. Truncation, padding and dropout that a training run left in it are ignored.
+        specials: ids with a role.
+        special: texts of further added tokens to treat as special, such as those that tokenizer_config.json names.
+        rows: rows of the model's embedding; ids between the vocabulary and this decode to nothing.
+        name: for messages.
+
+    Raises:
+        TokenizerError: a file that is broken, or of a kind that is not supported.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        *,
+        specials: Specials | None = None,
+        special: Collection[str] = (),
+        rows: int = 0,
+        name: str = "tokenizer.json",
+    ) -> None:
+        vocabulary, added = _checked(data, name)
+        special_ids = {token.id for token in added if token.special or token.content in special}
+        neutral = {token.id for token in added if token.id in special_ids or is_markup(token.content)}
+        self._source = _source(data, neutral)
+        self._plain = _build(self._source, name)
+        self._plain.encode_special_tokens = True
+        names = {i: piece for piece, i in vocabulary.items()} | {token.id: token.content for token in added}
+        decoder = _Decoder(data.get("decoder"), name)
+        raw = {token.id for token in added}
+        size = max(rows, max(names) + 1)
+        table = TokenTable(
+            pieces=tuple(names.get(i, "") for i in range(size)),
+            texts=tuple(
+                names[i].encode() if i in raw else decoder.text(names[i]) if i in names else b"" for i in range(size)
+            ),
+            special_ids=frozenset(special_ids),
+            spaced_ids=frozenset(i for i, piece in names.items() if i not in raw and piece.startswith("▁")),
+            strip=decoder.strip,
+            byte_errors=not decoder.byte_level,
+        )
+        super().__init__(table, specials or Specials(), {token.content: token.id for token in added})
+
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the file's own post-processor puts before and after a text."""
+        inner = self._plain.encode("a", add_special_tokens=False).ids
+        outer = self._plain.encode("a", add_special_tokens=True).ids
+        for k in range(len(outer) - len(inner) + 1):
+            if outer[k : k + len(inner)] == inner:
+                return tuple(outer[:k]), tuple(outer[k + len(inner) :])
+        return (), ()
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        tokenizer = self._parsing if parse_special else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _parsing(self) -> Any:
+        # A second instance, not a switch on the first: another thread may be encoding plain text.
+        return _build(self._source, "tokenizer.json")
+
+
+class _Decoder:
+    """What the file's `decoder` says about a piece's bytes: GPT-2's byte alphabet, or "▁" and byte pieces."""
+
+    def __init__(self, decoder: object, name: str) -> None:
+        steps = list(_steps(decoder))
+        kinds = [step.get("type") for step in steps]
+        known = {"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip", "Metaspace"}
+        strange = [str(kind) for kind in kinds if kind not in known]
+        if strange or not kinds:
+            given = ", ".join(strange) or "none"
+            raise TokenizerError(f"{name}: decoder {given} is not supported; known: {', '.join(sorted(known))}.")
+        self.byte_level = "ByteLevel" in kinds
+        self._fallback = "ByteFallback" in kinds
+        self._alphabet = _byte_alphabet() if self.byte_level else {}
+        self._replace = [
+            (str(step["pattern"].get("String", "")), str(step.get("content", "")))
+            for step in steps
+            if step.get("type") == "Replace" and isinstance(step.get("pattern"), dict)
+        ]
+        if "Metaspace" in kinds:
+            self._replace.append(("▁", " "))
+        prefixed = any(
+            (step.get("type") == "Strip" and step.get("content") == " " and step.get("start"))
+            or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in steps
+        )
+        self.strip: Literal["none", "first"] = "first" if prefixed else "none"
+
+    def text(self, piece: str) -> bytes:
+        if self.byte_level:
+            values = [self._alphabet.get(letter) for letter in piece]
+            # A piece with any other letter stands for itself: the library's rule.
+            return piece.encode() if None in values else bytes(value for value in values if value is not None)
+        byte = _BYTE_PIECE.fullmatch(piece) if self._fallback else None
+        if byte:
+            return bytes((int(byte.group(1), 16),))
+        for old, new in self._replace:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+
+def _steps(decoder: object) -> Iterator[dict[str, Any]]:
+    if isinstance(decoder, dict):
+        inner = decoder.get("decoders")
+        if decoder.get("type") == "Sequence" and isinstance(inner, list):
+            for step in inner:
+                yield from _steps(step)
+        else:
+            yield decoder
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(0x100 + k): value for k, value in enumerate(others)}
+
+
+def _checked(data: Mapping[str, Any], name: str) -> tuple[dict[str, int], list[AddedToken]]:
+    model = data.get("model") if isinstance(data, Mapping) else None
+    found: list[str] = []
+    vocabulary: dict[str, int] = {}
+    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping):
+        found.append("there is no 'model' with a 'vocab' of pieces and ids")
+    elif model.get("type", "BPE") != "BPE":
+        found.append(f"model type {model.get('type')!r} is not supported, only 'BPE'")
+    else:
+        vocabulary = dict(model["vocab"])
+        wrong = [piece for piece, i in vocabulary.items() if not _is_id(i)]
+        if wrong:
+            found.append(f"{len(wrong)} pieces have no id in 0..{MAX_ID - 1}, such as {wrong[0]!r}")
+        if not vocabulary:
+            found.append("the vocabulary is empty")
+    added: list[AddedToken] = []
+    entries = data.get("added_tokens") or [] if isinstance(data, Mapping) else []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        content = entry.get("content") if isinstance(entry, Mapping) else None
+        if not isinstance(content, str) or not content or not _is_id(entry.get("id")):
+            found.append(f"an added token must have 'content' and an 'id' in 0..{MAX_ID - 1}, not {str(entry)[:80]}")
+        else:
+            added.append(AddedToken(id=entry["id"], content=content, special=entry.get("special") is True))
+    if found:
+        raise TokenizerError(problems(name, found, "Fetch the file again, or use the model's tokenizer.model."))
+    return vocabulary, added
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_ID
+
+
+def _source(data: Mapping[str, Any], neutral: set[int]) -> str:
+    added = [dict(entry, special=entry["id"] in neutral) for entry in data.get("added_tokens") or []]
+    model = dict(data["model"], dropout=None)
+    return json.dumps(dict(data, added_tokens=added, model=model, truncation=None, padding=None), ensure_ascii=False)
+
+
+def _build(source: str, name: str) -> Any:
+    try:
+        return RustTokenizer.from_str(source)
+    except Exception as error:  # the library raises nothing more precise
+        raise TokenizerError(f"{name} cannot be used: {str(error)[:300]}. Fetch the file again.") from None
