@@ -31,9 +31,7 @@ class Loaded:
     metadata: dict[str, object]
 
 
-def load_model(
-    path: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
-) -> Loaded:
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> Loaded:
     """Load a model directory or a `.gguf` file; peak memory is the weights and one tensor.
 
     Args:
@@ -105,7 +103,7 @@ def check(
     CheckpointError: every tensor that is missing, unexpected or of another shape.
     """
     found = []
-    used = set()
+    used: set[str] = set()
     for name, recipe in wanted.items():
         used.update(recipe.sources)
         absent = [part for part in recipe.sources if part not in source.infos]

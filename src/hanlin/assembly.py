@@ -1,0 +1,184 @@
+"""Putting a loaded model, its tokenizer, its chat format and an engine together, as the machine allows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hanlin.checkpoints.load import Loaded
+from hanlin.checkpoints.source import open_source
+from hanlin.engine.engine import Engine, EngineLimits
+from hanlin.engine.runner import TorchRunner, kv_bytes
+from hanlin.errors import CapacityError, ChatFormatError, ConfigError, RequestError
+from hanlin.layers.rope import Rope, RopeConfig
+from hanlin.options import EngineConfig, free_memory
+from hanlin.requests import RequestBuilder, stop_ids_of
+from hanlin.types import ChatFormat, SamplingParams, Tokenizer
+
+__all__ = ["check_memory", "engine", "peak_memory", "place", "requests"]
+
+# Without a word from the caller, a reply ends here rather than at the end of a context of 32K tokens.
+_DEFAULT_MAX_TOKENS = 1024
+# What the cache holds at least, if memory allows; memory is only taken as it is used.
+_AUTO_CACHE_TOKENS = 65536
+
+
+def place(settings: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype the weights will be.
+
+    Raises:
+        ConfigError: for a device that is not here.
+    """
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {error}") from error
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.dtype != "auto":
+        return device, getattr(torch, settings.dtype)
+    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device, torch.bfloat16 if native else torch.float32
+
+
+def check_memory(path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises:
+    CapacityError: when the weights will not fit, with what they need, before any of it is taken.
+    """
+    if device.type != "cpu":
+        return
+    with open_source(path) as source:
+        elements = sum(torch.Size(info.shape).numel() for info in source.infos.values())
+    need, free = elements * dtype.itemsize, free_memory()
+    if need > free:
+        raise CapacityError(
+            f"{path}: the weights need {need / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+
+
+def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuilder:
+    """What turns this model's requests into sequences."""
+    from hanlin.tokenizers import from_gguf, load_tokenizer
+
+    tokenizer: Tokenizer = load_tokenizer(path) if path.is_dir() else from_gguf(loaded.metadata, name=str(path))
+    chat_format, no_chat = _chat_format(tokenizer, loaded, settings.chat_template)
+    system = settings.system_prompt
+    if system is None:
+        system = (chat_format.default_system if chat_format else None) or ""
+    return RequestBuilder(
+        tokenizer=tokenizer,
+        config=loaded.config,
+        rope=_rope(loaded, settings),
+        chat_format=chat_format,
+        no_chat=no_chat,
+        system_prompt=system,
+        stop_ids=frozenset(stop_ids_of(loaded.config, chat_format, loaded.description.generation)),
+        defaults=_defaults(chat_format, loaded, path),
+    )
+
+
+def engine(loaded: Loaded, settings: EngineConfig, rope: RopeConfig) -> Engine:
+    """A runner with a pool as large as the settings say, and an engine over it."""
+    size = settings.cache_block_seq_len
+    context = settings.session_len or _context(rope)
+    dtype = next(loaded.model.parameters()).dtype
+    blocks = _blocks(settings, context, kv_bytes(loaded.config, dtype.itemsize) * size)
+    runner = TorchRunner(loaded.model, blocks=blocks, block_size=size, invariant=settings.deterministic)
+    limits = EngineLimits(
+        blocks=blocks,
+        block_size=size,
+        max_context=context,
+        max_sequences=settings.places,
+        max_step_tokens=settings.max_prefill_token_num,
+        prefix_caching=settings.enable_prefix_caching,
+    )
+    return Engine(runner, limits)
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process, 0 where the platform does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _chat_format(
+    tokenizer: Tokenizer, loaded: Loaded, name: str | None
+) -> tuple[ChatFormat | None, ChatFormatError | None]:
+    """The model's format, or why it has none; a name that was asked for must be had."""
+    from hanlin.chat import chat_format_for
+
+    template = loaded.description.template
+    try:
+        return chat_format_for(tokenizer, model_type=loaded.config.model_type, template=template, name=name), None
+    except ChatFormatError as error:
+        if name is not None:
+            raise ConfigError(str(error)) from error
+        return None, error
+
+
+def _defaults(chat_format: ChatFormat | None, loaded: Loaded, path: Path) -> SamplingParams:
+    """The family's sampling, with what the model's own `generation_config.json` says."""
+    base, given = chat_format.defaults if chat_format else SamplingParams(), loaded.description.generation
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values: dict[str, Any] = {name: given[name] for name in names if type(given.get(name)) in (int, float)}
+    if given.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return base.override(max_tokens=base.max_tokens or _DEFAULT_MAX_TOKENS, **values)
+    except RequestError as error:
+        raise ConfigError(f"{path / 'generation_config.json'}: {error}") from error
+
+
+def _rope(loaded: Loaded, settings: EngineConfig) -> RopeConfig:
+    """The model's RoPE, with LMDeploy's `rope_scaling_factor` in place of its own scaling."""
+    rope = loaded.config.rope
+    if settings.rope_scaling_factor:
+        rope = RopeConfig(
+            dims=rope.dims,
+            base=rope.base,
+            max_positions=rope.max_positions,
+            kind="dynamic",
+            numbers={"factor": settings.rope_scaling_factor},
+            interleaved=rope.interleaved,
+        )
+        for module in loaded.model.modules():
+            table = getattr(module, "rope", None)
+            if isinstance(table, Rope):
+                table.config = rope
+    return rope
+
+
+def _context(rope: RopeConfig) -> int:
+    """The length that a model is made for; dynamic scaling stretches it by its factor."""
+    return int(rope.max_positions * (rope.factor if rope.kind == "dynamic" else 1.0))
+
+
+def _blocks(settings: EngineConfig, context: int, per_block: int) -> int:
+    """Blocks of the KV cache, each of `per_block` bytes."""
+    free, entry, size = free_memory(), settings.cache_max_entry_count, settings.cache_block_seq_len
+    if settings.cache_bytes is not None:
+        blocks = settings.cache_bytes // per_block
+    elif entry is None:
+        blocks = min(max(_AUTO_CACHE_TOKENS, 2 * context) // size + 1, free // 2 // per_block)
+    elif entry < 1:
+        blocks = int(free * entry) // per_block
+    else:
+        blocks = int(entry)
+    if blocks < 1:
+        raise CapacityError(
+            f"the KV cache needs at least one block of {per_block / 2**20:.1f} MiB; {free / 2**30:.1f} GiB are free. "
+            "Give it more, or lower cache_block_seq_len."
+        )
+    return blocks

@@ -1,0 +1,210 @@
+"""The facade: `load` a model, then generate, chat, stream and score."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hanlin import assembly
+from hanlin.checkpoints.load import Loaded, load_model
+from hanlin.engine.sequence import Sequence
+from hanlin.engine.thread import EngineThread
+from hanlin.options import EngineConfig
+from hanlin.replies import Deliver
+from hanlin.requests import Job
+from hanlin.types import ChatFormat, Completion, Delta, SamplingParams, Score, Tool
+
+if TYPE_CHECKING:
+    from hanlin.hub import Report
+
+__all__ = ["LLM", "load"]
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    config: EngineConfig | None = None,
+    report: Report | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> LLM:
+    """Load a model and start its engine.
+
+    Args:
+        model: a directory, a `.gguf` file, a hub id, a short name, or None for the default model.
+        config, options: see `EngineConfig`; options override the config.
+        report: where fetching reports its progress; standard error by default.
+        progress: called with (bytes loaded, bytes in all).
+
+    Raises:
+        ModelNotFoundError, DownloadError, CheckpointError, ConfigError, TokenizerError, CapacityError.
+    """
+    from hanlin.hub import resolve
+
+    began = time.perf_counter()
+    settings = (config or EngineConfig()).override(**options)
+    location = resolve(model, report=report)
+    device, dtype = assembly.place(settings)
+    assembly.check_memory(location.path, dtype, device)
+    loaded = load_model(location.path, dtype=dtype, device=device, progress=progress)
+    llm = LLM(loaded, settings, path=location.path, name=location.id)
+    llm.load_seconds = time.perf_counter() - began
+    return llm
+
+
+class LLM:
+    """A loaded model with its engine. Safe to use from several threads; a context manager.
+
+    Attributes:
+        tokenizer, config, name, path: of the model.
+        default_sampling: what is used where the caller gives none: the model's own recommendation.
+        context_length: tokens of prompt and reply together at most.
+        load_seconds: how long loading took.
+    """
+
+    def __init__(self, loaded: Loaded, settings: EngineConfig, *, path: Path, name: str) -> None:
+        self.path, self.name, self.config = path, name, loaded.config
+        self.load_seconds = 0.0
+        self.requests = assembly.requests(loaded, settings, path)
+        self.tokenizer = self.requests.tokenizer
+        self.default_sampling = self.requests.defaults
+        self.engine = assembly.engine(loaded, settings, self.requests.rope)
+        self.context_length = self.engine.capacity
+        self.thread = EngineThread(self.engine)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine; running requests end with an error. May be called twice."""
+        self.thread.close()
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How this model writes conversations.
+
+        Raises:
+            ChatFormatError: for a base model, which has no such thing.
+        """
+        return self.requests.format()
+
+    def generate(self, prompts: Any, sampling: SamplingParams | None = None, **overrides: Any) -> list[Completion]:
+        """Continue prompts: a string, ids, or a list of either. All run together; the order is kept.
+
+        A string is a prompt in the model's own language: special tokens in it are special. Use `chat` for text
+        from users. With n > 1 the n completions of a prompt follow each other.
+
+        Raises:
+            RequestError: a prompt or sampling value that cannot be; nothing was started then.
+        """
+        return self._complete(self.requests.prompt_jobs(prompts, sampling, overrides))
+
+    def chat(
+        self,
+        messages: Any,
+        sampling: SamplingParams | None = None,
+        tools: Iterable[Tool | Mapping[str, Any]] | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Answer a conversation (a string, or messages), or a list of conversations.
+
+        A conversation without a system message gets the model's own default one, see `EngineConfig.system_prompt`.
+
+        Returns:
+            One Completion for one conversation, a list of them for a list or for n > 1.
+
+        Raises:
+            RequestError: messages or sampling values that cannot be; nothing was started then.
+        """
+        many, jobs = self.requests.chat_jobs(messages, sampling, tools, overrides)
+        out = self._complete(jobs)
+        return out if many else out[0]
+
+    def stream(
+        self,
+        messages: Any = None,
+        sampling: SamplingParams | None = None,
+        tools: Iterable[Tool | Mapping[str, Any]] | None = None,
+        *,
+        prompt: Any = None,
+        **overrides: Any,
+    ) -> Iterator[Delta]:
+        """As `chat` for one conversation, or as `generate` for one `prompt`, piece by piece.
+
+        Closing the iterator, or Ctrl-C, ends the reply within one step.
+        """
+        return self._stream(self.requests.stream_job(messages, sampling, tools, prompt, overrides))
+
+    def score(self, prompts: Any) -> list[Score]:
+        """Log-probabilities of the tokens of prompts (a string, ids, or a list of either) under the model."""
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        sequences = self.requests.scored(prompts, results.put)
+        self._run(sequences, results)
+        return [Score(ids=s.prompt, logprobs=(None, *s.prompt_logprobs)) for s in sequences]
+
+    def stats(self) -> dict[str, float]:
+        """Seconds to load, peak memory of the process in bytes, and the state of the engine's blocks."""
+        return {
+            "load_seconds": self.load_seconds,
+            "peak_memory_bytes": assembly.peak_memory(),
+            "blocks": self.engine.blocks.count,
+            "free_blocks": self.engine.blocks.free,
+            "steps": self.engine.steps,
+        }
+
+    def _complete(self, jobs: list[Job]) -> list[Completion]:
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        done: dict[tuple[int, int], Completion] = {}
+
+        def deliver(number: int) -> Deliver:
+            def put(delta: Delta | BaseException) -> None:
+                if isinstance(delta, Delta) and delta.done:
+                    done[number, delta.index] = delta.done
+                results.put(delta)
+
+            return put
+
+        make = self.requests.sequences
+        self._run([s for n, job in enumerate(jobs) for s in make(job, stream=False, deliver=deliver(n))], results)
+        return [done[key] for key in sorted(done)]
+
+    def _run(self, sequences: list[Sequence], results: queue.SimpleQueue[Any]) -> None:
+        """Submit all, wait for all; whatever ends the wait ends the sequences."""
+        self.thread.submit(sequences)
+        try:
+            for _ in sequences:
+                or_raise(results.get())
+        except BaseException:
+            self.thread.abort(sequences)
+            raise
+
+    def _stream(self, job: Job) -> Iterator[Delta]:
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        sequences = self.requests.sequences(job, stream=True, deliver=results.put)
+        self.thread.submit(sequences)
+        left = len(sequences)
+        try:
+            while left:
+                delta: Delta = or_raise(results.get())
+                left -= delta.done is not None
+                yield delta
+        finally:
+            if left:
+                self.thread.abort(sequences)
+
+
+def or_raise(result: Any) -> Any:
+    """A result, unless it is an error."""
+    if isinstance(result, BaseException):
+        raise result
+    return result

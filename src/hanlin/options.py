@@ -1,0 +1,132 @@
+"""What can be set when a model is loaded; LMDeploy's names and meanings where it has one."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from hanlin.errors import ConfigError, problems
+
+__all__ = ["EngineConfig"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is held and run. Also known as LMDeploy's TurbomindEngineConfig and PytorchEngineConfig.
+
+    Attributes:
+        dtype: of weights and cache: auto, float32, bfloat16 or float16. Auto is bfloat16 where the CPU multiplies it
+            natively or the device is an accelerator, else float32.
+        device: auto, cpu, cuda, mps, or cuda:1.
+        session_len: tokens of one conversation at most; None is what the model was made for.
+        max_batch_size: sequences computed together at most.
+        max_prefill_token_num: tokens of one step at most; longer prompts are cut into chunks.
+        cache_max_entry_count: of the KV cache: a fraction of the free memory, or a number of blocks; None takes what
+            `max_batch_size` short or a few long conversations need, and half of the free memory at most.
+        cache_bytes: of the KV cache: its size in bytes, instead.
+        cache_block_seq_len: tokens of one block of the cache.
+        enable_prefix_caching: keep computed text for later requests that start alike.
+        deterministic: one request, one answer, whatever else runs; on CPU.
+        rope_scaling_factor: stretch the context by dynamic NTK; 0 keeps what the model says.
+        chat_template: name of a chat format; None chooses by the model.
+        system_prompt: for conversations without one; None is the model's own default, "" none at all.
+        threads: CPU threads; None leaves it to torch.
+        tp, quant_policy, use_logn_attn: must be 1, 0 and False for now.
+        model_format: None, "hf" or "gguf"; the files tell.
+
+    Raises:
+        ConfigError: naming every impossible value at once.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    session_len: int | None = None
+    max_batch_size: int | None = None
+    max_prefill_token_num: int = 2048
+    cache_max_entry_count: float | None = None
+    cache_bytes: int | None = None
+    cache_block_seq_len: int = 32
+    enable_prefix_caching: bool = True
+    deterministic: bool = True
+    rope_scaling_factor: float = 0.0
+    chat_template: str | None = None
+    system_prompt: str | None = None
+    threads: int | None = None
+    tp: int = 1
+    quant_policy: int = 0
+    use_logn_attn: bool = False
+    model_format: str | None = None
+
+    def __post_init__(self) -> None:
+        found = []
+        if self.dtype not in DTYPES:
+            found.append(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name, low in (
+            ("session_len", 2),
+            ("max_batch_size", 1),
+            ("max_prefill_token_num", 1),
+            ("cache_bytes", 1),
+            ("cache_block_seq_len", 1),
+            ("threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < low):
+                found.append(f"{name} must be a whole number >= {low}, not {value!r}")
+        entry = self.cache_max_entry_count
+        numeric = type(entry) in (int, float) and math.isfinite(entry or 0)
+        if entry is not None and not (numeric and (0 < entry < 1 or (entry >= 1 and entry == int(entry)))):
+            found.append(f"cache_max_entry_count must be a fraction in (0, 1) or a number of blocks, not {entry!r}")
+        if entry is not None and self.cache_bytes is not None:
+            found.append("give cache_max_entry_count or cache_bytes, not both")
+        factor = self.rope_scaling_factor
+        if type(factor) not in (int, float) or not (factor == 0 or 1 <= factor < math.inf):
+            found.append(f"rope_scaling_factor must be 0 or >= 1, not {factor!r}")
+        for name, only in (("tp", 1), ("quant_policy", 0), ("use_logn_attn", False)):
+            if getattr(self, name) != only:
+                found.append(f"{name} = {getattr(self, name)!r} is not supported, only {only!r}")
+        if self.model_format not in (None, "hf", "gguf"):
+            found.append(f"model_format {self.model_format!r} cannot be read, only 'hf' and 'gguf'")
+        if found:
+            raise ConfigError(problems("engine options", found))
+
+    @property
+    def places(self) -> int:
+        """Sequences in one step at most."""
+        return self.max_batch_size or 64
+
+    def override(self, **options: Any) -> EngineConfig:
+        """A copy with other values.
+
+        Raises:
+            ConfigError: naming every unknown option and every impossible value.
+        """
+        known = {f.name for f in fields(self)}
+        unknown = [f"unknown option {name!r}" for name in options if name not in known]
+        if unknown:
+            raise ConfigError(problems("engine options", unknown, f"Known: {', '.join(sorted(known))}."))
+        return replace(self, **options)
+
+
+def free_memory() -> int:
+    """Bytes that can be taken without swapping, the limit of a container included."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
+    values = _read("/proc/meminfo")
+    for line in values.splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(0, int(limit) - int(used)))
+    return free
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:  # noqa: PTH123 (a kernel interface, not a file)
+            return file.read()
+    except OSError:
+        return ""

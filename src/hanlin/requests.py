@@ -1,0 +1,216 @@
+"""From what a caller says to sequences for the engine: everything is checked here, before anything is queued."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import Any
+
+from hanlin.engine.sequence import Sequence
+from hanlin.errors import ChatFormatError, HanlinError, RequestError
+from hanlin.layers.rope import RopeConfig
+from hanlin.models.config import DecoderConfig
+from hanlin.replies import Deliver, Plain, Reply, ScoreSink
+from hanlin.types import ChatFormat, Message, SamplingParams, Tokenizer, Tool
+
+__all__ = ["Job", "RequestBuilder", "conversations_of", "prompts_of", "tools_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt, tokenised and checked."""
+
+    ids: tuple[int, ...]
+    sampling: SamplingParams
+    chat: bool = False
+    tools: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestBuilder:
+    """What a model needs to know to read requests.
+
+    Attributes:
+        chat_format: None for a base model; `no_chat` then says why.
+        system_prompt: put before conversations that have none; "" is none.
+        stop_ids: that end any reply, unless `ignore_eos`.
+    """
+
+    tokenizer: Tokenizer
+    config: DecoderConfig
+    rope: RopeConfig
+    chat_format: ChatFormat | None
+    no_chat: HanlinError | None
+    system_prompt: str
+    stop_ids: frozenset[int]
+    defaults: SamplingParams
+
+    def chat_jobs(
+        self, messages: Any, sampling: SamplingParams | None, tools: Any, overrides: Mapping[str, Any]
+    ) -> tuple[bool, list[Job]]:
+        """(whether a list is the natural answer, a job for each conversation)."""
+        params, known = self.sampling(sampling, overrides), tools_of(tools)
+        many, conversations = conversations_of(messages)
+        return many or params.n > 1, [self._chat(c, params, known) for c in conversations]
+
+    def prompt_jobs(self, prompts: Any, sampling: SamplingParams | None, overrides: Mapping[str, Any]) -> list[Job]:
+        """A job for each prompt."""
+        params = self.sampling(sampling, overrides)
+        return [Job(ids=self.encode(prompt), sampling=params) for prompt in prompts_of(prompts)]
+
+    def stream_job(
+        self, messages: Any, sampling: SamplingParams | None, tools: Any, prompt: Any, overrides: Mapping[str, Any]
+    ) -> Job:
+        """The one job of a stream, for a conversation or for a prompt."""
+        if (messages is None) == (prompt is None):
+            raise RequestError("stream needs either messages or prompt=")
+        if prompt is not None:
+            return Job(ids=self.encode(prompt), sampling=self.sampling(sampling, overrides))
+        many, conversations = conversations_of(messages)
+        if many:
+            raise RequestError("stream takes one conversation; use chat for a list of them")
+        return self._chat(conversations[0], self.sampling(sampling, overrides), tools_of(tools))
+
+    def sampling(self, given: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+        """Raises:
+        RequestError: unknown or impossible values, and ids that the vocabulary does not have.
+        """
+        params = given or self.defaults
+        params = params.override(**overrides) if overrides else params
+        found = [
+            f"{name} holds id {token}, the vocabulary ends at {self.config.vocab_size - 1}"
+            for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias))
+            for token in ids
+            if token >= self.config.vocab_size
+        ]
+        if found:
+            raise RequestError("; ".join(found))
+        return params
+
+    def encode(self, prompt: Any) -> tuple[int, ...]:
+        """Ids of a prompt: text in the model's own language, or ids as they are."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt, add_special=True, parse_special=True))
+        ids = tuple(prompt)
+        wrong = [i for i in ids if type(i) is not int or not 0 <= i < self.config.vocab_size]
+        if wrong:
+            raise RequestError(f"a prompt must be text or ids in 0..{self.config.vocab_size - 1}; found {wrong[:5]!r}")
+        return ids
+
+    def format(self) -> ChatFormat:
+        """Raises:
+        ChatFormatError: for a base model.
+        """
+        if self.chat_format is None:
+            raise ChatFormatError(str(self.no_chat))
+        return self.chat_format
+
+    def sequences(self, job: Job, *, stream: bool, deliver: Deliver) -> list[Sequence]:
+        """The n sequences of a job; all but the first wait for its prompt, to share it."""
+        sampling, skip = job.sampling, job.sampling.skip_special_tokens
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.stop_ids)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        encode = self.tokenizer.encode
+        bad = tuple(tuple(encode(start + text)) for text in sampling.bad_words for start in ("", " "))
+        out: list[Sequence] = []
+        for index in range(sampling.n):
+            parser = self.format().parser(job.tools, skip_special=skip) if job.chat else None
+            reply = Reply(
+                tokenizer=self.tokenizer,
+                parser=parser or Plain(self.tokenizer, skip_special=skip),
+                sampling=sampling,
+                stop_ids=stop_ids,
+                seed=seed,
+                index=index,
+                stream=stream,
+                deliver=deliver,
+            )
+            sequence = Sequence(
+                prompt=job.ids,
+                sampling=sampling,
+                sink=reply,
+                stop_ids=stop_ids,
+                bad_ids=tuple(ids for ids in bad if ids),
+                seed=(seed & (2**64 - 1)) + (index << 64),
+                rope_length=self.rope.dynamic_length(len(job.ids)),
+                follows=out[0] if out else None,
+            )
+            out.append(sequence)
+        return out
+
+    def scored(self, prompts: Any, deliver: Callable[[Sequence | BaseException], None]) -> list[Sequence]:
+        """Sequences whose given tokens are scored."""
+        return [
+            Sequence(
+                prompt=ids,
+                sampling=SamplingParams(max_tokens=1),
+                sink=ScoreSink(deliver),
+                score_prompt=True,
+                rope_length=self.rope.dynamic_length(len(ids)),
+            )
+            for ids in map(self.encode, prompts_of(prompts))
+        ]
+
+    def _chat(self, conversation: List[Message], sampling: SamplingParams, tools: tuple[Tool, ...]) -> Job:
+        if self.system_prompt and all(message.role != "system" for message in conversation):
+            conversation = [Message(role="system", content=self.system_prompt), *conversation]
+        return Job(ids=self.format().render(conversation, tools).ids, sampling=sampling, chat=True, tools=tools)
+
+
+def prompts_of(prompts: Any) -> list[Any]:
+    """One prompt or many, as a list: strings or lists of ids.
+
+    Raises:
+        RequestError: for anything else.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise RequestError(f"prompts must be a string, ids, or a list of either, not {type(prompts).__name__}")
+    items = list(prompts)
+    if items and all(isinstance(i, int) for i in items):
+        return [items]
+    wrong = sorted({type(i).__name__ for i in items if not isinstance(i, (str, list, tuple))})
+    if wrong:
+        raise RequestError(f"prompts must hold strings or lists of ids, not {', '.join(wrong)}")
+    return items
+
+
+def conversations_of(messages: Any) -> tuple[bool, list[list[Message]]]:
+    """(whether a list of conversations was given, the conversations); a string is one user message.
+
+    Raises:
+        RequestError: for anything that is neither messages nor a list of conversations.
+    """
+    if isinstance(messages, str):
+        return False, [[Message(role="user", content=messages)]]
+    if not isinstance(messages, Iterable) or isinstance(messages, (bytes, Mapping)):
+        raise RequestError(f"messages must be a string or a list of messages, not {type(messages).__name__}")
+    items = list(messages)
+    if not items:
+        raise RequestError("messages is empty: give at least one message")
+    if all(isinstance(i, (Message, Mapping)) for i in items):
+        return False, [[Message.parse(i) for i in items]]
+    return True, [_one(i) for i in items]
+
+
+def _one(messages: Any) -> list[Message]:
+    many, (first, *_) = conversations_of(messages)
+    if many:
+        raise RequestError("conversations are nested too deeply: give messages, or a list of conversations")
+    return first
+
+
+def tools_of(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ...]:
+    return tuple(Tool.parse(tool) for tool in tools or ())
+
+
+def stop_ids_of(config: DecoderConfig, chat_format: ChatFormat | None, generation: Mapping[str, Any]) -> Iterator[int]:
+    """Ids that end a reply: of the configuration, of `generation_config.json`, of the chat format."""
+    yield from config.stop_ids
+    given = generation.get("eos_token_id")
+    yield from (i for i in (given if isinstance(given, list) else [given]) if type(i) is int)
+    if chat_format is not None:
+        yield from chat_format.stop_ids
