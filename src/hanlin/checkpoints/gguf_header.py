@@ -60,9 +60,9 @@ def read_header(file: StoredFile) -> GgufHeader:
         CheckpointError: a wrong version, a count or length beyond the file, duplicate keys; and all tensors that are
             misdescribed, overlap or lie beyond the file, together.
     """
-    cursor = _Cursor(file.map(), file.size, file.path)
-    if cursor.take(4, "magic") != b"GGUF":
+    if not file.start.startswith(b"GGUF"):
         fail(file.path, [f"the file starts with {shown(file.start[:4])}, not b'GGUF'"], "Is this really a GGUF file?")
+    cursor = _Cursor(file.map(), file.size, file.path, position=4)
     _check_version(cursor.number("I", "version"), file.path)
     tensor_count, key_count = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
     # The smallest possible description: a name's length, the number of dimensions, a kind, an offset.
@@ -85,11 +85,11 @@ def _check_version(version: int, path: Path) -> None:
 class _Cursor:
     """A position in the mapped file that can't be moved past its end."""
 
-    def __init__(self, data: mmap.mmap, size: int, path: Path) -> None:
+    def __init__(self, data: mmap.mmap, size: int, path: Path, position: int) -> None:
         self.data = data
         self.size = size
         self.path = path
-        self.position = 0
+        self.position = position
 
     def bound(self, count: int, least: int, most: int, what: str) -> None:
         """Refuse `count` items of `least` bytes each before anything is made for them."""
