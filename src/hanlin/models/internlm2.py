@@ -7,7 +7,7 @@ Cai et al. 2024 (arXiv 2403.17297).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
 from hanlin.layers.rope import Positions, Rope, Rotation, rotate
 from hanlin.models.config import DecoderConfig, Reader
+from hanlin.models.parts import BlockParts, ModelParts
 
 __all__ = ["InternLM2ForCausalLM", "InternLM2Model", "read_config"]
 
@@ -78,8 +79,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.w1 = Linear(hidden, inner, cut="out")
-        self.w3 = Linear(hidden, inner, cut="out")
+        self.w1 = Linear(hidden, inner, parts=(("gate", inner),), cut="out")
+        self.w3 = Linear(hidden, inner, parts=(("up", inner),), cut="out")
         self.w2 = Linear(inner, hidden, cut="in")
         self.act = SwiGLU()
 
@@ -98,6 +99,16 @@ class Block(nn.Module):
     def forward(self, layer: int, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         x = x + self.attention(layer, self.attention_norm(x), rotation, attend)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+    def parts(self) -> BlockParts:
+        return BlockParts(
+            attention_norm=self.attention_norm,
+            qkv=(self.attention.wqkv,),
+            out=self.attention.wo,
+            mlp_norm=self.ffn_norm,
+            gate_up=(self.feed_forward.w1, self.feed_forward.w3),
+            down=self.feed_forward.w2,
+        )
 
 
 class InternLM2Model(nn.Module):
@@ -136,3 +147,13 @@ class InternLM2ForCausalLM(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         return self.output(rows).float()  # type: ignore[no-any-return]
+
+    def parts(self) -> ModelParts:
+        model = self.model
+        return ModelParts(
+            embedding=model.tok_embeddings,
+            blocks=tuple(cast(Block, layer).parts() for layer in model.layers),
+            norm=model.norm,
+            head=self.output,
+            tied=self.config.tied,
+        )

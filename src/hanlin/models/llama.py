@@ -7,7 +7,7 @@ released model files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
 from hanlin.layers.rope import Positions, Rope, Rotation, rotate
 from hanlin.models.config import DecoderConfig, Reader
+from hanlin.models.parts import BlockParts, ModelParts
 
 __all__ = ["LlamaForCausalLM", "LlamaModel", "read_config"]
 
@@ -76,9 +77,9 @@ class Attention(nn.Module):
         super().__init__()
         self.size = config.head_dim
         hidden, q, kv = config.hidden_size, config.num_heads * self.size, config.num_kv_heads * self.size
-        self.q_proj = Linear(hidden, q, bias=config.qkv_bias, cut="out")
-        self.k_proj = Linear(hidden, kv, bias=config.qkv_bias, cut="out")
-        self.v_proj = Linear(hidden, kv, bias=config.qkv_bias, cut="out")
+        self.q_proj = Linear(hidden, q, bias=config.qkv_bias, parts=(("q", q),), cut="out")
+        self.k_proj = Linear(hidden, kv, bias=config.qkv_bias, parts=(("k", kv),), cut="out")
+        self.v_proj = Linear(hidden, kv, bias=config.qkv_bias, parts=(("v", kv),), cut="out")
         self.o_proj = Linear(q, hidden, bias=config.out_bias, cut="in")
 
     def forward(self, layer: int, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
@@ -90,8 +91,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias, cut="out")
-        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias, cut="out")
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias, parts=(("gate", inner),), cut="out")
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias, parts=(("up", inner),), cut="out")
         self.down_proj = Linear(inner, hidden, bias=config.mlp_bias, cut="in")
         self.act = SwiGLU()
 
@@ -110,6 +111,17 @@ class Block(nn.Module):
     def forward(self, layer: int, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         x = x + self.self_attn(layer, self.input_layernorm(x), rotation, attend)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+    def parts(self) -> BlockParts:
+        attention, mlp = self.self_attn, self.mlp
+        return BlockParts(
+            attention_norm=self.input_layernorm,
+            qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+            out=attention.o_proj,
+            mlp_norm=self.post_attention_layernorm,
+            gate_up=(mlp.gate_proj, mlp.up_proj),
+            down=mlp.down_proj,
+        )
 
 
 class LlamaModel(nn.Module):
@@ -148,3 +160,13 @@ class LlamaForCausalLM(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         return self.lm_head(rows).float()  # type: ignore[no-any-return]
+
+    def parts(self) -> ModelParts:
+        model = self.model
+        return ModelParts(
+            embedding=model.embed_tokens,
+            blocks=tuple(cast(Block, layer).parts() for layer in model.layers),
+            norm=model.norm,
+            head=self.lm_head,
+            tied=self.config.tied,
+        )
