@@ -6,7 +6,6 @@ tokenizer.json of the models that it is named after.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,14 +197,12 @@ def _sentencepiece(keys: _Keys, tokens: list[str], kinds: list[int]) -> BaseToke
     scores = keys.items("scores", (float, int))
     if len(scores) != len(tokens):
         keys.found.append(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
-    elif not all(map(math.isfinite, scores)):
-        keys.found.append("tokenizer.ggml.scores must be finite")
     specials = keys.specials(len(tokens), bos=1, eos=2, unk=0, add_bos=True)
     dummy_prefix = keys.value("add_space_prefix", bool, True)
     remove_extra_spaces = keys.value("remove_extra_whitespaces", bool, False)
     keys.finish()
     ending = _ending(specials, tokens)
-    kinds = [CONTROL if i in ending and kind == NORMAL else kind for i, kind in enumerate(kinds)]
+    kinds = [CONTROL if i in ending and kind not in (UNKNOWN, BYTE) else kind for i, kind in enumerate(kinds)]
     if UNKNOWN not in kinds and specials.unk is not None:
         kinds[specials.unk] = UNKNOWN
     model = SpmModel(

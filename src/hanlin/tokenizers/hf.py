@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from hanlin.errors import TokenizerError, problems
+from hanlin.errors import HanlinError, RequestError, TokenizerError, problems
 from hanlin.tokenizers.base import AddedToken, BaseTokenizer, Specials, is_markup
 from hanlin.tokenizers.detokenizer import TokenTable
 
@@ -29,7 +31,7 @@ class HFTokenizer(BaseTokenizer):
 
     Args:
         data: the parsed `tokenizer.json`. Truncation, padding and dropout that a training run left in it are ignored.
-        specials: ids with a role.
+        specials: ids with a role; by default only what the file puts around a text.
         special: texts of further added tokens to treat as special, such as those that tokenizer_config.json names.
         rows: rows of the model's embedding; ids between the vocabulary and this decode to nothing.
         name: for messages.
@@ -47,52 +49,54 @@ class HFTokenizer(BaseTokenizer):
         rows: int = 0,
         name: str = "tokenizer.json",
     ) -> None:
-        vocabulary, added = _checked(data, name)
-        special_ids = {token.id for token in added if token.special or token.content in special}
-        neutral = {token.id for token in added if token.id in special_ids or is_markup(token.content)}
-        self._source = _source(data, neutral)
+        content = _checked(data, name)
+        added = {token.id: token.content for token in content.added}
+        special_ids = {token.id for token in content.added if token.special or token.content in special}
+        self._name = name
+        self._source = _source(data, {i for i, text in added.items() if i in special_ids or is_markup(text)})
         self._plain = _build(self._source, name)
         self._plain.encode_special_tokens = True
-        names = {i: piece for piece, i in vocabulary.items()} | {token.id: token.content for token in added}
+        moved = [text for i, text in added.items() if self._plain.token_to_id(text) != i]
+        if moved:
+            raise TokenizerError(
+                f"{name}: {len(moved)} added tokens cannot have the ids they claim, such as {moved[0]!r}"
+            )
+        names = {i: piece for piece, i in content.vocabulary.items()} | added
+        absent = [i for i in (*content.prefix, *content.suffix) if i not in names]
+        if absent:
+            raise TokenizerError(f"{name}: the post-processor adds ids that the vocabulary does not have: {absent[:8]}")
         decoder = _Decoder(data.get("decoder"), name)
-        raw = {token.id for token in added}
         size = max(rows, max(names) + 1)
+        texts = [b""] * size
+        for i, piece in names.items():
+            texts[i] = piece.encode() if i in added else decoder.text(piece)
         table = TokenTable(
             pieces=tuple(names.get(i, "") for i in range(size)),
-            texts=tuple(
-                names[i].encode() if i in raw else decoder.text(names[i]) if i in names else b"" for i in range(size)
-            ),
+            texts=tuple(texts),
             special_ids=frozenset(special_ids),
-            spaced_ids=frozenset(i for i, piece in names.items() if i not in raw and piece.startswith("▁")),
+            spaced_ids=frozenset(i for i, piece in names.items() if i not in added and piece.startswith("▁")),
             strip=decoder.strip,
             byte_errors=not decoder.byte_level,
         )
-        super().__init__(table, specials or Specials(), {token.content: token.id for token in added})
-
-    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids that the file's own post-processor puts before and after a text."""
-        inner = self._plain.encode("a", add_special_tokens=False).ids
-        outer = self._plain.encode("a", add_special_tokens=True).ids
-        for k in range(len(outer) - len(inner) + 1):
-            if outer[k : k + len(inner)] == inner:
-                return tuple(outer[:k]), tuple(outer[k + len(inner) :])
-        return (), ()
+        specials = specials or Specials(prefix=content.prefix, suffix=content.suffix)
+        super().__init__(table, specials, {text: i for i, text in added.items()})
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         tokenizer = self._parsing if parse_special else self._plain
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        with _library(RequestError, "the text cannot be tokenized"):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _parsing(self) -> Any:
         # A second instance, not a switch on the first: another thread may be encoding plain text.
-        return _build(self._source, "tokenizer.json")
+        return _build(self._source, self._name)
 
 
 class _Decoder:
     """What the file's `decoder` says about a piece's bytes: GPT-2's byte alphabet, or "▁" and byte pieces."""
 
     def __init__(self, decoder: object, name: str) -> None:
-        steps = list(_steps(decoder))
+        steps = list(_steps(decoder, "decoders"))
         kinds = [step.get("type") for step in steps]
         known = {"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip", "Metaspace"}
         strange = [str(kind) for kind in kinds if kind not in known]
@@ -129,14 +133,13 @@ class _Decoder:
         return piece.encode()
 
 
-def _steps(decoder: object) -> Iterator[dict[str, Any]]:
-    if isinstance(decoder, dict):
-        inner = decoder.get("decoders")
-        if decoder.get("type") == "Sequence" and isinstance(inner, list):
-            for step in inner:
-                yield from _steps(step)
-        else:
-            yield decoder
+def _steps(component: object, key: str) -> Iterator[dict[str, Any]]:
+    """The parts of a component that may be a "Sequence" of parts under `key`."""
+    if isinstance(component, dict):
+        inner = component.get(key) if component.get("type") == "Sequence" else [component]
+        for step in inner if isinstance(inner, list) else ():
+            if isinstance(step, dict):
+                yield step
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -146,7 +149,17 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(value): value for value in printable} | {chr(0x100 + k): value for k, value in enumerate(others)}
 
 
-def _checked(data: Mapping[str, Any], name: str) -> tuple[dict[str, int], list[AddedToken]]:
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What a sound `tokenizer.json` holds, as far as it is used here."""
+
+    vocabulary: dict[str, int]
+    added: list[AddedToken]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+
+def _checked(data: Mapping[str, Any], name: str) -> _Content:
     model = data.get("model") if isinstance(data, Mapping) else None
     found: list[str] = []
     vocabulary: dict[str, int] = {}
@@ -161,6 +174,9 @@ def _checked(data: Mapping[str, Any], name: str) -> tuple[dict[str, int], list[A
             found.append(f"{len(wrong)} pieces have no id in 0..{MAX_ID - 1}, such as {wrong[0]!r}")
         if not vocabulary:
             found.append("the vocabulary is empty")
+        marks = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+        if marks:
+            found.append(f"{' and '.join(marks)} are not supported")
     added: list[AddedToken] = []
     entries = data.get("added_tokens") or [] if isinstance(data, Mapping) else []
     for entry in entries if isinstance(entries, list) else [entries]:
@@ -169,23 +185,64 @@ def _checked(data: Mapping[str, Any], name: str) -> tuple[dict[str, int], list[A
             found.append(f"an added token must have 'content' and an 'id' in 0..{MAX_ID - 1}, not {str(entry)[:80]}")
         else:
             added.append(AddedToken(id=entry["id"], content=content, special=entry.get("special") is True))
+    prefix, suffix = _around(data.get("post_processor") if isinstance(data, Mapping) else None, found)
     if found:
         raise TokenizerError(problems(name, found, "Fetch the file again, or use the model's tokenizer.model."))
-    return vocabulary, added
+    return _Content(vocabulary=vocabulary, added=added, prefix=prefix, suffix=suffix)
 
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_ID
 
 
+def _around(processor: object, found: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the file's post-processor puts before and after a text."""
+    parts: list[list[int]] = [[], []]
+    for step in _steps(processor, "processors"):
+        if step.get("type") not in ("TemplateProcessing", "ByteLevel"):
+            found.append(
+                f"post-processor {step.get('type')!r} is not supported, only 'TemplateProcessing', 'ByteLevel'"
+            )
+            continue
+        place = 0
+        template, known = step.get("single"), step.get("special_tokens")
+        for item in template if isinstance(template, list) else ():
+            token = item.get("SpecialToken") if isinstance(item, dict) else None
+            if not isinstance(token, dict):
+                place = 1
+                continue
+            name = token.get("id")
+            entry = known.get(name) if isinstance(known, dict) and isinstance(name, str) else None
+            ids = entry.get("ids") if isinstance(entry, dict) else None
+            if isinstance(ids, list) and all(map(_is_id, ids)):
+                parts[place] += ids
+            else:
+                found.append(f"the post-processor names {name!r:.40}, but gives it no ids")
+    return tuple(parts[0]), tuple(parts[1])
+
+
 def _source(data: Mapping[str, Any], neutral: set[int]) -> str:
+    """The file as the library is to see it: what it would do beyond cutting text is left out or done here."""
     added = [dict(entry, special=entry["id"] in neutral) for entry in data.get("added_tokens") or []]
     model = dict(data["model"], dropout=None)
-    return json.dumps(dict(data, added_tokens=added, model=model, truncation=None, padding=None), ensure_ascii=False)
+    changed = dict(data, added_tokens=added, model=model, truncation=None, padding=None, post_processor=None)
+    return json.dumps(changed, ensure_ascii=False)
 
 
 def _build(source: str, name: str) -> Any:
-    try:
+    with _library(TokenizerError, f"{name} cannot be used"):
         return RustTokenizer.from_str(source)
-    except Exception as error:  # the library raises nothing more precise
-        raise TokenizerError(f"{name} cannot be used: {str(error)[:300]}. Fetch the file again.") from None
+
+
+@contextmanager
+def _library(kind: type[HanlinError], what: str) -> Iterator[None]:
+    """Turn whatever the library raises into one of our errors.
+
+    Its errors are bare `Exception`, and its panics (a pattern that gives up on a text, say) are no `Exception` at all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {str(error)[:300]}") from None

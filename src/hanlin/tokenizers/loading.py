@@ -192,8 +192,7 @@ def _tokenizer_json(directory: Directory) -> BaseTokenizer:
     name = str(directory.path / "tokenizer.json")
     data = directory.json("tokenizer.json", limit=128 * MiB)
     tokenizer = HFTokenizer(data, special=directory.special_names, rows=directory.rows, name=name)
-    prefix, suffix = tokenizer.around()
-    tokenizer.specials = directory.specials(tokenizer.token_id, Specials(prefix=prefix, suffix=suffix))
+    tokenizer.specials = directory.specials(tokenizer.token_id, tokenizer.specials)
     return tokenizer
 
 

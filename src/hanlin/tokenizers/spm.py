@@ -133,7 +133,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         """`text` cut where the ids cannot notice.
 
         BPE merges neighbours into pieces, so a merge across a boundary needs a piece that holds the two characters
-        beside it in this order. Where no piece does, what is left of it and what is right of it never affect each other.
+        beside it in this order. Where no piece does, its left and its right never affect each other.
         """
         start, size = 0, len(text)
         while size - start > _PART:

@@ -8,7 +8,6 @@ Field numbers: google/sentencepiece, src/sentencepiece_model.proto.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -132,8 +131,8 @@ class SpmModel:
         strange = sorted({kind for kind in self.kinds if not NORMAL <= kind <= BYTE})
         if strange:
             yield f"piece kinds must be 1..6, not {strange[:8]}"
-        if not all(map(math.isfinite, self.scores)):
-            yield "piece scores must be finite"
+        if not all(abs(score) < 3e38 for score in self.scores):
+            yield "piece scores must be finite and fit a float32"
         if self.algorithm not in (UNIGRAM, BPE):
             yield f"the algorithm must be 1 (unigram) or 2 (BPE), not {self.algorithm}"
         expected = {f"<0x{value:02X}>" for value in range(256)} if self.byte_fallback else set()
