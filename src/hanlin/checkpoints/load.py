@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,19 @@ from hanlin.errors import CheckpointError, problems
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import build, read_config
 
-__all__ = ["Loaded", "load_model", "load_tensors"]
+__all__ = ["Loaded", "Taker", "load_model", "load_tensors"]
 
 Progress = Callable[[int, int], None]
+
+
+class Taker(Protocol):
+    """Somebody who keeps parameters in a form of his own, instead of the module."""
+
+    def plan(self, stored: Mapping[str, tuple[str, ...]]) -> None:
+        """Told once, before anything is read, in which dtypes each parameter is stored."""
+
+    def take(self, name: str, dense: Callable[[], Tensor], raw: Callable[[], Tensor]) -> bool:
+        """Offered every parameter: dense values, or the raw bytes of its rows; True when it took it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +42,19 @@ class Loaded:
     metadata: dict[str, object]
 
 
-def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> Loaded:
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    taker: Callable[[nn.Module], Taker] | None = None,
+) -> Loaded:
     """Load a model directory or a `.gguf` file; peak memory is the weights and one tensor.
 
     Args:
         progress: called with (bytes done, bytes in all).
+        taker: given the model on the meta device, makes whoever takes parameters before the module does.
 
     Raises:
         CheckpointError: broken files, and every missing, unexpected or misshapen tensor at once.
@@ -49,31 +68,39 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, progress
         description = description or describe_gguf(source)
         config = read_config(description.values)
         model = build(config, dtype=dtype)
-        load_tensors(model, source, description, config, device=device, gguf=gguf, progress=progress)
+        wanted = recipes(dict(model.named_parameters()), config, gguf=gguf, permuted=description.permuted)
+        check(model, wanted, source)
+        load_tensors(model, source, wanted, device=device, taker=taker and taker(model), progress=progress)
         return Loaded(model=model, config=config, description=description, metadata=dict(source.metadata))
 
 
 def load_tensors(
     model: nn.Module,
     source: TensorSource,
-    description: Description,
-    config: DecoderConfig,
+    wanted: Mapping[str, Recipe],
     *,
     device: torch.device,
-    gguf: bool,
+    taker: Taker | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Fill every parameter of a meta model from `source`."""
-    parameters = dict(model.named_parameters())
-    wanted = recipes(parameters, config, gguf=gguf, permuted=description.permuted)
-    check(parameters, wanted, source, model)
-    total = sum(info.nbytes for info in source.infos.values())
+    """Fill every parameter of a meta model from `source`, but for those that the taker takes."""
+    parameters, infos = dict(model.named_parameters()), source.infos
+    total = sum(info.nbytes for info in infos.values())
     done = 0
+    if taker:
+        taker.plan({name: tuple(infos[part].dtype for part in recipe.sources) for name, recipe in wanted.items()})
     for name, recipe in wanted.items():
-        stored = [source.load(part) for part in recipe.sources]
-        value = recipe.join(stored)
-        place(model, name, value, parameters[name].dtype, device)
-        done += sum(source.infos[part].nbytes for part in recipe.sources)
+
+        def dense(recipe: Recipe = recipe) -> Tensor:
+            return recipe.join([source.load(part) for part in recipe.sources])
+
+        def raw(recipe: Recipe = recipe) -> Tensor:
+            stored = (source.raw(part).reshape(infos[part].shape[0], -1) for part in recipe.sources)
+            return recipe.join([torch.from_numpy(rows.copy()) for rows in stored])
+
+        if not (taker and taker.take(name, dense, raw)):
+            place(model, name, dense(), parameters[name].dtype, device)
+        done += sum(infos[part].nbytes for part in recipe.sources)
         if progress:
             progress(done, total)
     tie(model, parameters)
@@ -96,12 +123,11 @@ def tie(model: nn.Module, before: dict[str, nn.Parameter]) -> None:
             setattr(model.get_submodule(owner), leaf, model.get_parameter(homes[id(parameter)]))
 
 
-def check(
-    parameters: dict[str, nn.Parameter], wanted: dict[str, Recipe], source: TensorSource, model: nn.Module
-) -> None:
+def check(model: nn.Module, wanted: Mapping[str, Recipe], source: TensorSource) -> None:
     """Raises:
     CheckpointError: every tensor that is missing, unexpected or of another shape.
     """
+    parameters = dict(model.named_parameters())
     found = []
     used: set[str] = set()
     for name, recipe in wanted.items():

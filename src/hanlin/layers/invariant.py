@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from hanlin.layers.activation import SwiGLU
 from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
+from hanlin.layers.rope import Rope
+from hanlin.layers.tables import TabledRope
 
 __all__ = ["RowPaths", "make_invariant", "sum_by_halving"]
 
@@ -141,3 +143,6 @@ def make_invariant(model: nn.Module) -> None:
             module.__class__ = kind
         if isinstance(module, InvariantLinear):
             module.paths = paths
+        rope = getattr(module, "rope", None)
+        if isinstance(rope, Rope):
+            module.rope = TabledRope(rope.config)  # type: ignore[assignment]  # no module of torch
