@@ -19,7 +19,17 @@ import torch
 from hanlin.checkpoints.stored import StoredFile
 from hanlin.errors import CheckpointError, problems
 
-__all__ = ["DTYPES", "MAX_TENSORS", "FileSource", "TensorInfo", "TensorSource", "fail", "parse_json", "shown"]
+__all__ = [
+    "DTYPES",
+    "MAX_TENSORS",
+    "FileSource",
+    "TensorInfo",
+    "TensorSource",
+    "countable",
+    "fail",
+    "parse_json",
+    "shown",
+]
 
 # A file with more tensors than any model has is an attack on memory: Python needs about 1 KB to describe one.
 MAX_TENSORS = 1 << 18
@@ -150,6 +160,11 @@ def shown(value: object) -> str:
     short.maxstring = short.maxother = short.maxlong = _SHOWN_LETTERS
     short.maxlist = short.maxtuple = 8
     return short.repr(value)
+
+
+def countable(shape: Sequence[int]) -> bool:
+    """Whether torch can count the elements in 64 bits. It counts even those beside a dimension of zero."""
+    return math.prod(max(1, size) for size in shape) < 1 << 63
 
 
 def fail(path: Path, found: Sequence[str], remedy: str = "") -> NoReturn:

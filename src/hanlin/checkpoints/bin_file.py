@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hanlin.checkpoints.base import DTYPES, MAX_TENSORS, FileSource, TensorInfo, fail, shown
+from hanlin.checkpoints.base import DTYPES, MAX_TENSORS, FileSource, TensorInfo, countable, fail, shown
 from hanlin.checkpoints.bin_pickle import StorageRef, TensorRef, read_pickle
 from hanlin.checkpoints.stored import StoredFile
 from hanlin.checkpoints.zip_index import ZipEntry, read_index
@@ -100,7 +100,7 @@ def _find_pickle(file: StoredFile, entries: dict[str, ZipEntry]) -> tuple[str, b
     prefix = entry.name.removesuffix("data.pkl")
     order = entries.get(f"{prefix}byteorder")
     if order is not None and file.read(order.offset, min(order.size, 16)) != b"little":
-        fail(file.path, ["written on a big-endian machine"], "Fetch the model's safetensors version.")
+        fail(file.path, ["its byte order is not little-endian"], "Fetch the model's safetensors version.")
     if entry.size > _MAX_PICKLE:
         fail(file.path, [f"data.pkl takes {entry.size:,} bytes; at most {_MAX_PICKLE:,} are read"])
     program = file.read(entry.offset, entry.size)
@@ -157,6 +157,8 @@ def _wrong(tensor: TensorRef, entry: ZipEntry | None) -> str | None:
         return f"its storage {shown(storage.key)} is not in the archive"
     if storage.count * DTYPES[storage.dtype].itemsize > entry.size:
         return f"its storage claims {storage.count:,} elements of {storage.dtype}, but has {entry.size:,} bytes"
+    if not countable(tensor.shape):
+        return f"shape {tensor.shape} overflows"
     if tensor.offset + _extent(tensor) > storage.count:
         return f"shape {tensor.shape} at {tensor.offset:,} goes beyond its storage of {storage.count:,} elements"
     # An expanded tensor repeats its elements, so that a few bytes could claim all memory.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hanlin.checkpoints.base import MAX_TENSORS, TensorInfo, fail, shown
+from hanlin.checkpoints.base import MAX_TENSORS, TensorInfo, countable, fail, shown
 from hanlin.checkpoints.blocks import BLOCKS
 from hanlin.checkpoints.stored import StoredFile
 
@@ -216,7 +216,7 @@ def _read_tensors(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) -> G
 def _wrong(sizes: tuple[int, ...], kind: int, offset: int, alignment: int) -> str | None:
     if kind not in _KINDS:
         return f"tensor kind {kind} is unknown or was withdrawn"
-    if math.prod(sizes) >= 1 << 63:
+    if not countable(sizes):
         return f"dimensions {sizes} overflow"
     elements, _ = BLOCKS[_KINDS[kind]]
     row = sizes[0] if sizes else 1

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hanlin.checkpoints.base import DTYPES, MAX_TENSORS, FileSource, TensorInfo, fail, parse_json, shown
+from hanlin.checkpoints.base import DTYPES, MAX_TENSORS, FileSource, TensorInfo, countable, fail, parse_json, shown
 from hanlin.checkpoints.stored import StoredFile
 
 __all__ = ["MAX_HEADER", "SafetensorsFile"]
@@ -95,6 +95,8 @@ def _wrong(name: str, entry: object) -> str | None:
         return f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}"
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
         return f"shape {shown(shape)} must be at most {_MAX_DIMENSIONS} whole numbers >= 0"
+    if not countable(shape):
+        return f"shape {shown(shape)} overflows"
     if not _naturals(offsets) or len(offsets) != 2:
         return f"data_offsets {shown(offsets)} must be two whole numbers >= 0"
     needed, held = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
@@ -104,7 +106,7 @@ def _wrong(name: str, entry: object) -> str | None:
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 64 for item in value)
 
 
 def _misplaced(infos: list[TensorInfo], offsets: Mapping[str, int], data_start: int, size: int) -> list[str]:
