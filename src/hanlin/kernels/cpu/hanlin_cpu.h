@@ -152,72 +152,184 @@ enum {
 HL_API int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* x, int64_t ldx, int64_t rows, float* y,
                          int64_t ldy, const float* bias, int32_t flags);
 
+/* ---- operations on rows -------------------------------------------------------------------------------------- */
+
+typedef enum hl_norm_kind {
+  HL_NORM_RMS = 0,  /* x / sqrt(mean(x^2) + eps) * gain + bias */
+  HL_NORM_LAYER = 1 /* the same of x - mean(x) */
+} hl_norm_kind;
+
+/* y (rows, width) = norm(x); gain and bias (width,) or NULL. y may be x. In float32 the two roundings that RMSNorms are
+ * released with (scale before or after rounding to half precision) are the same number. */
+HL_API int32_t hl_norm(hl_ctx* ctx, int32_t kind, const float* x, int64_t ldx, int64_t rows, int64_t width,
+                       const float* gain, const float* bias, float eps, float* y, int64_t ldy);
+
+typedef enum hl_function { HL_FN_EXP = 0, HL_FN_SILU = 1, HL_FN_GELU = 2 } hl_function;
+
+/* y (n,) = function(x). exp is within 2 units in the last place of the true value for -87.33 <= x <= 88.37, and clamped
+ * to its values at those two outside; silu and gelu (tanh approximation) use it. */
+HL_API int32_t hl_map(hl_ctx* ctx, int32_t function, const float* x, int64_t n, float* y);
+
+/* y (rows, width) = function(gate) * up, with x (rows, 2 * width) = gate | up; function: HL_FN_SILU or HL_FN_GELU. */
+HL_API int32_t hl_gate(hl_ctx* ctx, int32_t function, const float* x, int64_t ldx, int64_t rows, int64_t width,
+                       float* y, int64_t ldy);
+
+typedef enum hl_rope_style {
+  HL_ROPE_HALVES = 0,      /* dimension i turns with i + R/2 */
+  HL_ROPE_INTERLEAVED = 1, /* 2i with 2i + 1 */
+  HL_ROPE_QUARTERS = 2     /* i with i + R/4 within each half of R (ChatGLM-6B: two rows of positions) */
+} hl_rope_style;
+
+/* Turn the first R = `rotary` dimensions of every head of x (tokens, heads * head_size) in place; cos and sin
+ * (tokens, R/2). Pair p of a token (halves and interleaved: p = i; quarters: p = i, and R/4 + i in the second half)
+ * becomes a cos[p] - b sin[p], b cos[p] + a sin[p]. */
+HL_API int32_t hl_rope(hl_ctx* ctx, int32_t style, float* x, int64_t ldx, int64_t tokens, int32_t heads,
+                       int32_t head_size, int32_t rotary, const float* cos, const float* sin);
+
+#define HL_MOST_TOP 1024
+
+/* Of every row of x (rows, columns): the k largest values in falling order with their columns (equal values: lower
+ * column first), and log(sum(exp(x))). k in 0..min(columns, HL_MOST_TOP); argmax is k = 1. values and ids (rows, k),
+ * log_sum_exp (rows,) or NULL. NaN and -infinity are never chosen: places left over hold -infinity and -1. A row with a
+ * NaN has a log_sum_exp of NaN. */
+HL_API int32_t hl_top(hl_ctx* ctx, const float* x, int64_t ldx, int64_t rows, int64_t columns, int32_t k,
+                      float* values, int32_t* ids, float* log_sum_exp);
+
 /* ---- the key/value pool -------------------------------------------------------------------------------------- */
 
-/* One layer's pool; layouts are documented at ops_attend. int8 and int4 are asymmetric per token and head:
- * scale = (max - min) / 255 or 15, zero = -min / scale, q = floor(x / scale + zero + 0.5). */
+/* One layer's keys and values, in blocks of `block_size` slots (16, 32, 64: a multiple of HL_SLOTS). A slot, block *
+ * block_size + offset, is one token of one sequence.
+ *
+ * Layout: [block][head][HL_SLOTS slots at a time]{ keys; values; parameters }, each part a multiple of 64 bytes, so a
+ * block is contiguous and can be copied and swapped as bytes. P is head_size filled up to a multiple of 32.
+ *
+ *   HL_KV_F32    keys [P][16 slots]; values [16 slots][P] float
+ *   HL_KV_BF16   keys [P/2][16 slots][2]; values [8 pairs of slots][P][2] bfloat16: what a bfloat16 dot product reads
+ *   HL_KV_INT8   codes as bytes in the order of HL_KV_BF16; half scale[16], min[16] of keys, then of values
+ *   HL_KV_INT4   the same in nibbles: of every two vectors of 32 codes that HL_KV_INT8 has, the first in low nibbles
+ *
+ * int8 and int4 are asymmetric per token and head: scale = (max - min) / 255 or 15, rounded up to float16; min rounded
+ * to float16; code = floor((x - min) / scale + 0.5); x' = code * scale + min. So |x - x'| <= scale / 2 + |min| / 2048
+ * for |x| < 65504. A token with a value that is not finite reads back as NaN in that head. Slots never written hold
+ * zeros. */
 typedef enum hl_kv_kind { HL_KV_F32 = 0, HL_KV_BF16 = 1, HL_KV_INT8 = 2, HL_KV_INT4 = 3 } hl_kv_kind;
+
+#define HL_SLOTS 16
 
 typedef struct hl_kv {
   int32_t kind;                                 /* hl_kv_kind */
-  int32_t blocks, block_size, heads, head_size; /* heads: of keys and values */
-  void* data;                                   /* hl_kv_bytes() bytes, aligned to 64 */
+  int32_t blocks, block_size, heads, head_size; /* heads: of keys and values; head_size is even */
+  void* data;                                   /* hl_kv_bytes() bytes, aligned to 64, zeroed at first */
 } hl_kv;
 
+/* Bytes of a pool, or a negative hl_status. One block: blocks = 1; block b starts b times that behind `data`. */
 HL_API int64_t hl_kv_bytes(int32_t kind, int32_t blocks, int32_t block_size, int32_t heads, int32_t head_size);
 
-/* ---- programs ------------------------------------------------------------------------------------------------ */
+/* Keys and values (tokens, heads * head_size), rotated already, into slots (tokens,), each at most once. Also how a
+ * soft prefix gets in: it takes the first slots of a sequence, and counts in `context` and `prefix_len`. */
+HL_API int32_t hl_kv_write(hl_ctx* ctx, const hl_kv* kv, const int64_t* slots, int64_t tokens, const float* k,
+                           int64_t ldk, const float* v, int64_t ldv);
 
-/* One step's packed tokens; T tokens of S sequences, sequence s owning tokens query_start[s] .. query_start[s+1]. */
+/* Back again, dequantised. */
+HL_API int32_t hl_kv_read(hl_ctx* ctx, const hl_kv* kv, const int64_t* slots, int64_t tokens, float* k, int64_t ldk,
+                          float* v, int64_t ldv);
+
+/* Block from[i] of `source` over block to[i] of `target`, i < n; the two pools differ in `blocks` and `data` alone, and
+ * may be one. No block of `to` may be in `from`. */
+HL_API int32_t hl_kv_copy(hl_ctx* ctx, const hl_kv* target, const int32_t* to, const hl_kv* source,
+                          const int32_t* from, int64_t n);
+
+/* ---- steps --------------------------------------------------------------------------------------------------- */
+
+/* One step's packed tokens: T tokens of S sequences, sequence s owning tokens query_start[s] .. query_start[s+1], which
+ * are the last of its context[s] tokens; its slot number i is in block block_table[s][i / block_size]. One token is a
+ * decode, many are a prompt or a part of one. Everything is checked before anything is computed. */
 typedef struct hl_step {
   int32_t tokens;             /* T */
   int32_t sequences;          /* S */
   int32_t max_blocks;         /* columns of block_table */
-  int32_t rows;               /* how many rows of logits are wanted */
+  int32_t rows;               /* R: how many tokens are wanted at the end; 0 for none */
+  int32_t top;                /* how many of the largest logits are wanted, see hl_top */
   const int32_t* ids;         /* (T,) */
   const float* cos;           /* (T, rotary/2) */
   const float* sin;           /* (T, rotary/2) */
   const int64_t* slots;       /* (T,) where a token's key and value go: block * block_size + offset */
   const int32_t* query_start; /* (S+1,) */
-  const int32_t* context;     /* (S,) keys that the sequence has, these tokens included */
+  const int32_t* context;     /* (S,) tokens that the sequence has, these included */
   const int32_t* block_table; /* (S, max_blocks) */
-  const int32_t* prefix_len;  /* (S,) the first prefix_len keys are visible to all; NULL or 0: causal */
-  const int32_t* row_index;   /* (rows,) tokens whose logits are wanted */
-  float* logits;              /* (rows, V) */
-  float* hidden;              /* (T, D) the last hidden states, or NULL */
+  const int32_t* prefix_len;  /* (S,) the first prefix_len tokens see each other both ways; NULL or 0: causal */
+  const int32_t* row_index;   /* (R,) the wanted tokens, each at most once */
+  float* logits;              /* (R, V) */
+  float* hidden;              /* (R, D) what the head multiplied, or NULL */
+  float* top_values;          /* (R, top), or NULL when top is 0 */
+  int32_t* top_ids;           /* (R, top), or NULL when top is 0 */
+  float* log_sum_exp;         /* (R,) of the logits, or NULL */
 } hl_step;
 
+/* out (T, heads * head_size) = softmax(scale * q k^T) v over the pool, whose slots hold the step's own keys and values
+ * already. Reads tokens, sequences, max_blocks, query_start, context, block_table and prefix_len of a step. Query head
+ * h reads kv head h / (heads / kv->heads).
+ *
+ * Arithmetic: HL_KV_F32 is float32 throughout; the other kinds round q, the weights of the softmax and dequantised keys
+ * and values to bfloat16 where the CPU multiplies that ("avx512_bf16") and add up in float32, and are float32
+ * elsewhere. Keys are taken HL_SPAN at a time from the sequence's first on; each span has a softmax of its own, and
+ * spans are merged in order: so the bits depend neither on chunks nor on threads. (But for a sequence with NaN or
+ * infinity among its own values: a token with one may spoil earlier tokens of the same sequence that are computed in
+ * the same step. Other sequences it never reaches.) */
+#define HL_SPAN 256
+HL_API int32_t hl_attend(hl_ctx* ctx, const hl_kv* kv, const hl_step* step, int32_t heads, float scale, const float* q,
+                         int64_t ldq, float* out, int64_t ldo);
+
+/* ---- programs ------------------------------------------------------------------------------------------------ */
+
+/* A whole model as a flat list of operations over numbered buffers. Buffer b holds `widths[b]` floats for every token;
+ * those that a GATHER makes, and what is computed from them, hold one row for every wanted token instead. */
 typedef enum hl_op_code {
-  HL_OP_EMBED = 0,
-  HL_OP_NORM = 1,
-  HL_OP_LINEAR = 2,
-  HL_OP_ROPE_WRITE = 3,
-  HL_OP_ATTEND = 4,
-  HL_OP_ACT_MUL = 5,
-  HL_OP_ADD = 6,
-  HL_OP_HEAD = 7
+  HL_OP_EMBED = 0,  /* out = rows ids of `weight`, or of `table` where weight is -1 */
+  HL_OP_NORM = 1,   /* out = norm(in), `style` hl_norm_kind, with gain, bias, eps */
+  HL_OP_LINEAR = 2, /* out = in @ weight.T + bias, `flags` HL_ADD, HL_SILU_MUL, HL_GELU */
+  HL_OP_ROPE = 3,   /* in = q | k | v (heads, kv_heads, kv_heads times head_size): turn q in place and k, `style`
+                       hl_rope_style, with `rotary` dimensions (0: none); write k and v into pool `layer` */
+  HL_OP_ATTEND = 4, /* out = attention of the q at the front of `in` over pool `layer`, with `scale` */
+  HL_OP_GATE = 5,   /* out = function(gate) * up, in = gate | up, `style` hl_function */
+  HL_OP_ADD = 6,    /* out = scale * in + in2, or scale * in where in2 is -1; out may be in or in2 */
+  HL_OP_GATHER = 7, /* out = the wanted rows of in */
+  HL_OP_HEAD = 8    /* the step's logits = in @ weight.T + bias; hidden = in; top. Once, at the end, after a GATHER */
 } hl_op_code;
 
-/* One kernel call. Buffers are numbered; buffer b holds (T, width[b]) floats. */
 typedef struct hl_op {
   int32_t code;         /* hl_op_code */
   int32_t in, in2, out; /* buffers, -1: none */
   int32_t weight;       /* place in the program's table of weights, -1: none */
-  int32_t layer;        /* which hl_kv, for ROPE_WRITE and ATTEND */
-  int32_t flags;        /* HL_ADD, HL_SILU_MUL, ... */
+  int32_t layer;        /* which hl_kv: ROPE, ATTEND */
+  int32_t flags, style;
   int32_t heads, kv_heads, head_size, rotary;
+  int32_t table_kind;   /* HL_SRC_F32, HL_SRC_F16 or HL_SRC_BF16 */
+  int32_t table_rows;
   float eps, scale;
-  const float* gain; /* NORM */
-  const float* bias; /* NORM, LINEAR; NULL: none */
+  const float* gain;    /* (width,) NORM; NULL: ones */
+  const float* bias;    /* (width,) NORM, LINEAR, HEAD; NULL: zeros */
+  const void* table;    /* (table_rows, width) EMBED */
 } hl_op;
 
 typedef struct hl_program hl_program;
 
+/* Check everything and reserve buffers for steps of up to `max_tokens` tokens. What the operations, weights and pools
+ * point to is not copied and must outlive the program, as must the context. */
 HL_API int32_t hl_program_create(hl_ctx* ctx, const hl_op* ops, int32_t n_ops, const hl_weight* weights,
-                                 int32_t n_weights, const int64_t* widths, int32_t n_buffers, const hl_kv* kv,
-                                 int32_t n_layers, hl_program** program);
+                                 int32_t n_weights, const int64_t* widths, int32_t n_buffers, const hl_kv* pools,
+                                 int32_t n_layers, int32_t max_tokens, hl_program** program);
 HL_API void hl_program_free(hl_program* program);
+
+/* Bytes of its buffers. They are not touched before a step needs them. */
+HL_API int64_t hl_program_bytes(const hl_program* program);
+
+/* One step, on all threads of the context. A step of more than max_tokens tokens is refused. */
 HL_API int32_t hl_program_run(hl_program* program, const hl_step* step);
+
+/* Seconds that every operation took since the last call, summed over steps: seconds (n_ops,). The first call starts the
+ * clock; NULL stops it. */
+HL_API int32_t hl_program_profile(hl_program* program, double* seconds);
 
 #ifdef __cplusplus
 }
