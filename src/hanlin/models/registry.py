@@ -28,12 +28,16 @@ class Family:
         module, cls: where the model stands, beside `read_config`.
         released: the checkpoints of this kind, for people.
         gguf: the architecture names under which GGUF files hold it.
+        chat: how it converses, for people.
+        transformers: where its Transformers classes come from.
     """
 
     module: str
     cls: str
     released: str
     gguf: tuple[str, ...] = ()
+    chat: str = "its own template, sandboxed"
+    transformers: str = "Transformers' own"
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -42,11 +46,17 @@ FAMILIES: Mapping[str, Family] = {
         cls="InternLM2ForCausalLM",
         released="InternLM2 and InternLM2.5: 1.8B, 7B, 20B; base, chat, chat-1M, math",
         gguf=("internlm2",),
+        chat="ChatML with tools and interpreter",
+        transformers="`hanlin.hf`",
     ),
     "internlm": Family(
-        module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM 7B, 20B; base, chat, chat-8k"
+        module="hanlin.models.llama",
+        cls="LlamaForCausalLM",
+        released="InternLM 7B, 20B; base, chat, chat-8k",
+        chat="InternLM turns",
+        transformers="none yet",
     ),
-    "internlm3": Family(module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B"),
+    "internlm3": Family(module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B", transformers="none yet"),
     "llama": Family(
         module="hanlin.models.llama", cls="LlamaForCausalLM", released="Llama 1 to 3, SmolLM2", gguf=("llama",)
     ),
