@@ -1,0 +1,35 @@
+"""Hanlin's models as Transformers classes. Importing this registers them with the Auto classes:
+
+    import hanlin.hf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+No code from a model's directory or repository runs, with `trust_remote_code` or without.
+"""
+
+from __future__ import annotations
+
+from hanlin.errors import need
+
+need("transformers", extra="hf", feature="hanlin.hf")
+
+from hanlin.hf.internlm2 import (  # noqa: E402 - after the check, whose message says what to install
+    FAMILY,
+    InternLM2Config,
+    InternLM2ForCausalLM,
+    InternLM2ForSequenceClassification,
+    InternLM2Model,
+    InternLM2Tokenizer,
+    InternLM2TokenizerFast,
+)
+from hanlin.hf.register import register  # noqa: E402
+
+__all__ = [
+    "InternLM2Config",
+    "InternLM2ForCausalLM",
+    "InternLM2ForSequenceClassification",
+    "InternLM2Model",
+    "InternLM2Tokenizer",
+    "InternLM2TokenizerFast",
+]
+
+register(FAMILY)

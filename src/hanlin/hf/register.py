@@ -1,0 +1,102 @@
+"""Making Transformers' Auto classes choose Hanlin's, whatever a model directory or a caller says about remote code.
+
+For configurations and models, registered classes from outside Transformers win over remote code. For tokenizers they
+do not when `trust_remote_code=True`, and the choice between slow and fast is ignored; so
+`AutoTokenizer.from_pretrained` is wrapped. A registered configuration also drops `auto_map`, so that no other Auto
+class can follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+__all__ = ["HFFamily", "register"]
+
+# What both readers of configurations take to find a file on the hub.
+_WHERE = "cache_dir force_download proxies token revision local_files_only subfolder".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFFamily:
+    """One family's classes for Transformers."""
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+    classifier: type[PreTrainedModel]
+    slow_tokenizer: type[PreTrainedTokenizer]
+    fast_tokenizer: type[PreTrainedTokenizerFast]
+
+    def has_tokenizer(self, name: object) -> bool:
+        return name in (self.slow_tokenizer.__name__, self.fast_tokenizer.__name__)
+
+
+def register(*families: HFFamily) -> None:
+    """Enter the families in the Auto classes; doing so again changes nothing."""
+    for family in families:
+        AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+        AutoModel.register(family.config, family.model, exist_ok=True)
+        AutoModelForCausalLM.register(family.config, family.causal_lm, exist_ok=True)
+        AutoModelForSequenceClassification.register(family.config, family.classifier, exist_ok=True)
+        AutoTokenizer.register(
+            family.config,
+            slow_tokenizer_class=family.slow_tokenizer,
+            fast_tokenizer_class=family.fast_tokenizer,
+            exist_ok=True,
+        )
+    AutoTokenizer.from_pretrained = classmethod(_choosing(AutoTokenizer.from_pretrained.__func__, families))
+
+
+def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> Callable[..., Any]:
+    """`AutoTokenizer.from_pretrained` that takes the families' tokenizers itself and leaves all others alone."""
+    original = getattr(original, "__wrapped__", original) if hasattr(original, "hanlin_families") else original
+
+    @wraps(original)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        family = _family(pretrained_model_name_or_path, kwargs, families)
+        if family is None:
+            return original(cls, pretrained_model_name_or_path, *inputs, **kwargs)
+        for name in ("config", "trust_remote_code", "code_revision", "tokenizer_type"):
+            kwargs.pop(name, None)
+        fast = kwargs.pop("use_fast", True) is not False
+        chosen = family.fast_tokenizer if fast else family.slow_tokenizer
+        return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+    from_pretrained.hanlin_families = families  # type: ignore[attr-defined]
+    return from_pretrained
+
+
+def _family(path: Any, kwargs: dict[str, Any], families: tuple[HFFamily, ...]) -> HFFamily | None:
+    """The family whose configuration or tokenizer class `path` names, or None; reads data only."""
+    config = kwargs.get("config")
+    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    model_type = getattr(config, "model_type", None)
+    if config is None and not kwargs.get("gguf_file"):
+        try:
+            model_type = PreTrainedConfig.get_config_dict(path, **where)[0].get("model_type")
+        except (OSError, ValueError):
+            model_type = None  # a directory may hold a tokenizer alone; what is truly wrong shows again below
+    for family in families:
+        if family.config.model_type == model_type:
+            return family
+    try:
+        named = get_tokenizer_config(path, **where).get("tokenizer_class")
+    except (OSError, ValueError):
+        return None
+    return next((family for family in families if family.has_tokenizer(named)), None)
