@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -216,11 +215,19 @@ def _torch() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    describe = getattr(importlib.import_module("hanlin.kernels"), "describe", None)
-    if describe is None:
-        yield Check("kernels", "warn", "no native kernels in this installation; models run on plain torch, slower")
-    else:
-        yield Check("kernels", "ok", str(describe()))
+    from hanlin.kernels import native
+
+    found = native.describe()
+    if not found["available"]:
+        detail = f"no native kernels: {found['reason']}"
+        yield Check(
+            "kernels", "warn", detail, "Models run on plain torch, slower. Reinstall with a C++ compiler at hand."
+        )
+        return
+    pages = "huge pages" if found["huge_pages"] else "no huge pages"
+    yield Check(
+        "kernels", "ok", f"{found['isa']} of {' '.join(found['supported'])}; {found['threads']} threads, {pages}"
+    )
 
 
 def _cache(places: hub.Places) -> Iterator[Check]:
@@ -242,7 +249,7 @@ def _cache(places: hub.Places) -> Iterator[Check]:
 
 def _default_model(places: hub.Places) -> Iterator[Check]:
     path = default.location(hub.DEFAULT, places)
-    if not path.is_file():
+    if not path.exists():
         try:
             yield Check("default model", "ok", f"not fetched yet; {index.client().name} would fetch it")
         except HanlinError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hanlin import hub
-from hanlin.errors import ConfigError
+from hanlin.errors import ConfigError, HanlinError
 from hanlin.hub.report import megabytes
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def show(
 
     with open_source(location.path) as source:
         facts = describe(location, source)
-        rows = [(i.name, list(i.shape), i.dtype, i.nbytes) for i in source.infos.values()] if tensors else []
+        rows = [(info.name, list(info.shape), info.dtype, info.nbytes) for info in source.infos.values()]
     if as_json:
         names = ("name", "shape", "dtype", "bytes")
         listed = {"tensors": [dict(zip(names, row, strict=True)) for row in rows]} if tensors else {}
@@ -116,67 +117,72 @@ def show(
     width = max(map(len, shown))
     for name, value in shown.items():
         print(f"{name.replace('_', ' '):<{width}}  {'unknown' if value is None else value}")
-    for tensor, shape, dtype, size in rows:
+    print(f"{'tensors':<{width}}  {len(rows)}")
+    for tensor, shape, dtype, size in rows if tensors else ():
         print(f"{tensor}  {dtype} {shape}  {megabytes(size)}")
 
 
 def describe(location: hub.Location, source: TensorSource) -> dict[str, Any]:
     """What is known about a model from its headers and JSON files; None for what nothing says."""
-    said = _of_gguf(source.metadata) if location.kind == "gguf" else _of_directory(location.path)
-    infos = source.infos.values()
+    values, template, runs = _configuration(location, source)
     kinds: Counter[str] = Counter()
-    parameters = 0
-    for info in infos:
-        count = 1
-        for length in info.shape:
-            count *= length
-        parameters += count
+    for info in source.infos.values():
         kinds[info.dtype] += info.nbytes
+    if location.kind == "gguf":
+        name, licence = source.metadata.get("general.name"), source.metadata.get("general.license")
+    else:
+        name, licence = location.path.resolve().name, _licence(location.path)
+
+    def first(*keys: str) -> Any:
+        return next((values[key] for key in keys if values.get(key) is not None), None)
+
     return {
         "model": location.id,
-        **said,
-        "parameters": parameters,
+        "name": name,
+        "family": values.get("model_type"),
+        "runs": runs,
+        "parameters": sum(math.prod(info.shape) for info in source.infos.values()),
         "weights": ", ".join(kind for kind, _ in kinds.most_common()),
-        "size": sum(info.nbytes for info in infos),
-        "tensors": len(source.infos),
+        "size": kinds.total(),
+        "context": first("max_position_embeddings", "seq_length", "max_sequence_length"),
+        "layers": first("num_hidden_layers", "num_layers"),
+        "hidden_size": first("hidden_size"),
+        "vocabulary": first("vocab_size", "padded_vocab_size"),
+        "chat_format": _chat_format(location, source, str(values.get("model_type")), template),
+        "licence": licence,
         "path": str(location.path),
     }
 
 
-def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    family = metadata.get("general.architecture")
-    return {
-        "name": metadata.get("general.name"),
-        "family": family,
-        "context": metadata.get(f"{family}.context_length"),
-        "layers": metadata.get(f"{family}.block_count"),
-        "hidden_size": metadata.get(f"{family}.embedding_length"),
-        "chat_template": "its own" if metadata.get("tokenizer.chat_template") else None,
-        "licence": metadata.get("general.license"),
-    }
+def _configuration(location: hub.Location, source: TensorSource) -> tuple[Mapping[str, Any], str | None, str]:
+    """The keys of `config.json`, the model's own chat template, and whether Hanlin runs it: "yes", or why not."""
+    from hanlin.checkpoints.description import describe_directory, describe_gguf, read_json
+    from hanlin.models.registry import read_config
+
+    gguf = location.kind == "gguf"
+    try:
+        found = describe_gguf(source) if gguf else describe_directory(location.path)
+    except ConfigError as error:
+        if gguf:
+            return {"model_type": source.metadata.get("general.architecture")}, None, f"no: {error}"
+        return read_json(location.path / "config.json"), None, f"no: {error}"
+    try:
+        read_config(found.values)
+    except ConfigError as error:
+        return found.values, found.template, f"no: {error}"
+    return found.values, found.template, "yes"
 
 
-def _of_directory(path: Path) -> dict[str, Any]:
-    from hanlin.checkpoints.description import read_json
+def _chat_format(location: hub.Location, source: TensorSource, family: str, template: str | None) -> str | None:
+    from hanlin.chat import chat_format_for
+    from hanlin.tokenizers import from_gguf, load_tokenizer
 
-    config = read_json(path / "config.json", optional=True)
-    tokenizer = read_json(path / "tokenizer_config.json", optional=True)
-    template = tokenizer.get("chat_template") or (path / "chat_template.jinja").is_file()
-
-    def first(*keys: str) -> Any:
-        return next((config[key] for key in keys if config.get(key) is not None), None)
-
-    quantised = first("quantization_config")
-    return {
-        "name": path.resolve().name,
-        "family": first("model_type"),
-        "context": first("max_position_embeddings", "seq_length", "max_sequence_length"),
-        "layers": first("num_hidden_layers", "num_layers"),
-        "hidden_size": first("hidden_size"),
-        "quantised_by": quantised.get("quant_method") if isinstance(quantised, Mapping) else None,
-        "chat_template": "its own" if template else None,
-        "licence": _licence(path),
-    }
+    path = location.path
+    try:
+        tokenizer = load_tokenizer(path) if path.is_dir() else from_gguf(source.metadata, name=str(path))
+        return chat_format_for(tokenizer, model_type=family, template=template).name
+    except HanlinError:  # the other facts are worth showing without it
+        return None
 
 
 def _licence(path: Path) -> str | None:

@@ -25,7 +25,7 @@ from hanlin.hub.names import DEFAULT
 from hanlin.hub.places import Places
 from hanlin.hub.report import Report, megabytes
 
-__all__ = ["SMOLLM2", "WheelModel", "fetch", "location", "matches"]
+__all__ = ["SMOLLM2", "WheelModel", "fetch", "location", "matches", "present"]
 
 _CHUNK = 1 << 20
 _MORE_ROOM = "Free some space, or set HANLIN_HOME to a directory on another disk."
@@ -82,8 +82,8 @@ def matches(path: Path, sha256: str) -> bool:
     return digest.hexdigest() == sha256
 
 
-def _present(path: Path, model: WheelModel) -> bool:
-    # Its hash was checked before it got its name; the size costs nothing to look at again.
+def present(path: Path, model: WheelModel) -> bool:
+    """Whether the file is there, by its size: its hash was checked before it got its name."""
     return path.is_file() and path.stat().st_size == model.size
 
 
@@ -97,12 +97,12 @@ def fetch(model: WheelModel, *, places: Places, report: Report, using: index.Cli
             Nothing is left behind; the same holds for Ctrl-C.
     """
     target = location(model, places)
-    if _present(target, model):
+    if present(target, model):
         return target
     installed = _installed(model)
     try:
         with _lock(model, places, report):
-            if _present(target, model):
+            if present(target, model):
                 return target
             report.say(f"The default model is {model.title} ({model.licence}, {model.source}).")
             with _staging(model, places) as staging:
@@ -139,7 +139,7 @@ def _installed(model: WheelModel) -> Path | None:
     """The file inside an installed wheel, whatever its version, if it is the published file."""
     try:
         path = Path(str(importlib.metadata.distribution(model.package).locate_file(model.member)))
-        return path if _present(path, model) and matches(path, model.sha256) else None
+        return path if present(path, model) and matches(path, model.sha256) else None
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
 

@@ -48,7 +48,6 @@ _ALWAYS = (
 _GGUF_DEFAULT = "Q4_K_M"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _INDEX_LIMIT = 64 << 20
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def fetch(wanted: HubId, *, places: Places, report: Report) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     api = HfApi(endpoint=places.endpoint)
-    info = _attempt(wanted, report, lambda: api.model_info(wanted.repo, files_metadata=True, timeout=30))
+    info = _attempt(wanted, report, lambda: api.model_info(wanted.repo, files_metadata=True, timeout=30), attempts=3)
     files = _listed(wanted, info.siblings or ())
     chosen = choose(files, wanted.tag)
     if not chosen:
@@ -185,6 +184,7 @@ def fetch(wanted: HubId, *, places: Places, report: Report) -> Path:
                 endpoint=places.endpoint,
                 **arguments,
             ),
+            attempts=2,  # within each, huggingface_hub goes on several times from where a connection broke
         )
     )
     missing = [name for name in chosen if not (snapshot / name).is_file()]
@@ -255,13 +255,13 @@ def _check(wanted: HubId, snapshot: Path, files: Iterable[_File], tick: Callable
         raise DownloadError(problems(str(wanted), found, "The broken files were deleted. Run it again."))
 
 
-def _attempt(wanted: HubId, report: Report, call: Callable[[], T]) -> T:
+def _attempt(wanted: HubId, report: Report, call: Callable[[], T], *, attempts: int) -> T:
     """`call`, again after a failure that may pass."""
-    for attempt in range(1, _ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return call()
         except Exception as error:  # the exceptions of huggingface_hub's HTTP library change with its version
-            if attempt == _ATTEMPTS or not _may_pass(error):
+            if attempt == attempts or not _may_pass(error):
                 raise _translated(wanted, error) from error
             report.say(f"{wanted}: {_first_line(error)}; trying again.")
             time.sleep(0.5 * attempt)

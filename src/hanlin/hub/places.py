@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["Places"]
+__all__ = ["Places", "expand", "look"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Places:
 
         named = os.environ.get("HANLIN_HOME", "").strip()
         if named:
-            home = Path(named).expanduser().absolute()
+            home = expand(named).absolute()
         else:
             from platformdirs import user_cache_path
 
@@ -40,3 +42,20 @@ class Places:
     def models(self) -> Path:
         """The directory of Hanlin's own models, one directory each."""
         return self.home / "models"
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` replaced; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def look(path: Path) -> Literal["file", "directory", ""]:
+    """What is at a path; nothing where the path itself is impossible (too long, with a NUL) or out of reach."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return ""
+    return "directory" if stat.S_ISDIR(mode) else "file"

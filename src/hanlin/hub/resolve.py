@@ -11,13 +11,13 @@ from typing import Literal
 from hanlin.errors import DownloadError, ModelNotFoundError
 from hanlin.hub import default, huggingface, names
 from hanlin.hub.names import HubId
-from hanlin.hub.places import Places
+from hanlin.hub.places import Places, expand, look
 from hanlin.hub.report import Report
 from hanlin.hub.store import cached
 
 __all__ = ["Location", "pull", "resolve"]
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def _default(fetch: bool, report: Report, places: Places) -> Location:
     path = default.location(default.SMOLLM2, places)
     if fetch:
         path = default.fetch(default.SMOLLM2, places=places, report=report)
-    elif not path.is_file():
+    elif not default.present(path, default.SMOLLM2):
         raise ModelNotFoundError("the default model is not on this disk. Run: hanlin pull")
     return Location(path=path, kind="gguf", id=default.SMOLLM2.id)
 
@@ -126,16 +126,13 @@ def _local(model: str | os.PathLike[str], *, must: bool) -> Location | None:
     Raises:
         ModelNotFoundError: there is none, and `model` can only be meant as a path.
     """
-    path = Path(model).expanduser()
-    try:
-        is_file, is_directory = path.is_file(), path.is_dir()
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
-        is_file = is_directory = False
-    if is_file:
+    path = expand(model)
+    there = look(path)
+    if there == "file":
         if path.suffix in (".safetensors", ".bin", ".json"):
             raise ModelNotFoundError(f"{path} is one file of a model. Name its directory: {path.parent}")
         return Location(path=path, kind="gguf", id=path.stem)
-    if is_directory:
+    if there == "directory":
         found = _directory(path, must=must)
         if found is not None:
             return found
@@ -154,12 +151,14 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _directory(path: Path, *, must: bool) -> Location | None:
-    inside = sorted(path.iterdir())
-    if (path / "config.json").is_file() or any(file.name.endswith(_WEIGHTS[:3]) for file in inside):
+    try:
+        inside = sorted(path.iterdir())
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be listed: {error.strerror or error}") from error
+    if (path / "config.json").is_file() or any(file.name.endswith(_WEIGHTS) for file in inside):
         return Location(path=path, kind="directory", id=path.resolve().name)
-    ggufs = huggingface.gguf_parts
     files = [file.name for file in inside if file.suffix == ".gguf"]
-    firsts = sorted({ggufs(name, files)[0] for name in files})
+    firsts = sorted({huggingface.gguf_parts(name, files)[0] for name in files})
     if len(firsts) == 1:
         return Location(path=path / firsts[0], kind="gguf", id=Path(firsts[0]).stem)
     if len(firsts) > 1:

@@ -7,13 +7,13 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from hanlin.errors import ConfigError, DownloadError, ModelNotFoundError
 from hanlin.hub import default, huggingface, names
-from hanlin.hub.places import Places
+from hanlin.hub.places import Places, expand, look
 
 __all__ = ["Entry", "cached", "find", "remove"]
 
@@ -105,7 +105,7 @@ def find(model: str, *, places: Places | None = None) -> Entry:
     for repo in repos:
         if repo.lower() in entries:
             return entries[repo.lower()]
-    if Path(model).expanduser().exists():
+    if look(expand(model)):
         raise ConfigError(f"{model} is a path, not a model in the cache; delete it yourself if you want it gone.")
     have = ", ".join(entry.id for entry in entries.values()) or "nothing"
     raise ModelNotFoundError(f"no model {model!r} in the cache. It holds: {have}.")
@@ -128,4 +128,6 @@ def _release_shared_blobs(entry: Entry, places: Places) -> None:
     info = scan_cache_dir(places.hub_cache)
     for repo in info.repos:
         if repo.repo_path.resolve() == entry.path.resolve():
-            info.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
+            # Revisions are deleted by commit, and copies of a repository share commits: show it this one alone.
+            alone = replace(info, repos=frozenset({repo}))
+            alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
