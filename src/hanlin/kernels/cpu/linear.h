@@ -14,7 +14,7 @@ namespace hl {
 // In what form a weight kind wants its input rows.
 enum class Act : int32_t { f32, bf16, int8 };
 
-static inline Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind == HL_BF16 ? Act::bf16 : Act::int8; }
+static constexpr Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind == HL_BF16 ? Act::bf16 : Act::int8; }
 
 // 32 inputs rounded to int8: x = scale * q. The sums let weights be stored unsigned.
 struct ActGroup {
@@ -27,27 +27,27 @@ struct ActGroup {
 static_assert(sizeof(ActGroup) == 48, "kernels count on it");
 
 // Bytes of one prepared row; a multiple of 64. A buffer of prepared rows is aligned to 64.
-static inline int64_t act_stride(Act act, int64_t in) {
+static constexpr int64_t act_stride(Act act, int64_t in) {
   const int64_t bytes = act == Act::f32    ? in * 4
                         : act == Act::bf16 ? (in + 1) / 2 * 4
                                            : (in + 31) / 32 * int64_t(sizeof(ActGroup));
   return (bytes + 63) / 64 * 64;
 }
 
-static inline bool is_grouped(int32_t kind) { return kind >= HL_INT8; }
-static inline bool is_int4(int32_t kind) { return kind >= HL_INT4; }
-static inline bool has_offsets(int32_t kind) { return kind >= HL_INT4_MIN; }
+static constexpr bool is_grouped(int32_t kind) { return kind >= HL_INT8; }
+static constexpr bool is_int4(int32_t kind) { return kind >= HL_INT4; }
+static constexpr bool has_offsets(int32_t kind) { return kind >= HL_INT4_MIN; }
 
-static inline int64_t tiles_of(const hl_weight& w) { return (w.out + HL_TILE - 1) / HL_TILE; }
+static constexpr int64_t tiles_of(const hl_weight& w) { return (w.out + HL_TILE - 1) / HL_TILE; }
 
 // Bytes of 32 inputs x 32 outputs of codes, of the scales (and zeros) before a group's codes, of a group, and of a
 // tile.
-static inline int64_t sub_bytes(int32_t kind) { return is_int4(kind) ? 512 : 1024; }
-static inline int64_t group_header(int32_t kind) { return has_offsets(kind) ? 128 : 64; }
-static inline int64_t group_bytes(int32_t kind, int32_t group) {
+static constexpr int64_t sub_bytes(int32_t kind) { return is_int4(kind) ? 512 : 1024; }
+static constexpr int64_t group_header(int32_t kind) { return has_offsets(kind) ? 128 : 64; }
+static constexpr int64_t group_bytes(int32_t kind, int32_t group) {
   return group_header(kind) + group / 32 * sub_bytes(kind);
 }
-static inline int64_t tile_bytes(const hl_weight& w) {
+static constexpr int64_t tile_bytes(const hl_weight& w) {
   switch (w.kind) {
     case HL_F32:
       return w.in * HL_TILE * 4;
@@ -83,6 +83,9 @@ struct LinearKernels {
 // barrier, multiplies. No barrier at the end.
 void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows,
             void* scratch, const Epilogue& out);
+
+// Row `out` of a weight as `in` floats.
+void unpack_row(const hl_weight& w, int64_t out, float* x);
 
 // nullptr, or what is wrong with the description of a weight (not its contents).
 const char* weight_problem(const hl_weight& w);

@@ -112,13 +112,15 @@ struct Pool::State {
         if (value != old) return value;
         relax();
       }
+      // Giving way now and then lets whoever else wants this core have it: perhaps the thread that we wait for.
       const auto end = std::chrono::steady_clock::now() + spin_time;
       do {
-        for (int i = 0; i < 64; i++) {
+        for (int i = 0; i < 16; i++) {
           const uint32_t value = word.load(std::memory_order_acquire);
           if (value != old) return value;
           relax();
         }
+        std::this_thread::yield();
       } while (std::chrono::steady_clock::now() < end);
     }
     std::unique_lock<std::mutex> lock(mutex);

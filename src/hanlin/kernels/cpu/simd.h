@@ -26,6 +26,15 @@ namespace hl::HL_VARIANT {
 
 constexpr int lanes = 16;
 
+// Asks for a cache line, into the second level cache.
+HL_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 // ---- the vector: F holds 16 floats, I 16 int32 ----------------------------------------------------------------------
 
 #if defined(__AVX512F__)
@@ -356,7 +365,48 @@ HL_INLINE I to_bf16(F a) {
   return ori(rounded, andi(nan_lanes(a), set1i(0x7FC0)));
 }
 
-// The sum of the lanes, always added in the same order: halves, quarters, pairs.
+// Over the lanes. Sums are always added in the same order: the upper half to the lower, again and again.
+#if defined(__AVX2__)
+
+#if defined(__AVX512F__)
+HL_INLINE __m256 lower(F a) { return _mm512_castps512_ps256(a.v); }
+HL_INLINE __m256 upper(F a) { return _mm512_extractf32x8_ps(a.v, 1); }
+HL_INLINE __m256i lower(I a) { return _mm512_castsi512_si256(a.v); }
+HL_INLINE __m256i upper(I a) { return _mm512_extracti64x4_epi64(a.v, 1); }
+#else
+HL_INLINE __m256 lower(F a) { return a.lo; }
+HL_INLINE __m256 upper(F a) { return a.hi; }
+HL_INLINE __m256i lower(I a) { return a.lo; }
+HL_INLINE __m256i upper(I a) { return a.hi; }
+#endif
+
+HL_INLINE float sum(F a) {
+  const __m256 eight = _mm256_add_ps(lower(a), upper(a));
+  __m128 t = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+HL_INLINE float hmax(F a) {
+  const __m256 eight = _mm256_max_ps(lower(a), upper(a));
+  __m128 t = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+}
+HL_INLINE int32_t sum(I a) {
+  const __m256i eight = _mm256_add_epi32(lower(a), upper(a));
+  __m128i t = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
+}
+HL_INLINE int32_t hmax(I a) {
+  const __m256i eight = _mm256_max_epi32(lower(a), upper(a));
+  __m128i t = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
+}
+
+#else
+
 HL_INLINE float sum(F a) {
   float t[16];
   store(t, a);
@@ -384,6 +434,8 @@ HL_INLINE int32_t hmax(I a) {
   for (int i = 1; i < 16; i++) m = t[i] > m ? t[i] : m;
   return m;
 }
+
+#endif
 
 // e^x to about 1 unit in the last place (Cephes' polynomial). Clamped: 1.2e-38 below -87.3, 2.4e38 above 88.3. NaN
 // gives NaN.
