@@ -87,6 +87,9 @@ void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const 
 // Row `out` of a weight as `in` floats.
 void unpack_row(const hl_weight& w, int64_t out, float* x);
 
+// Row `out` of a weight as `in` floats.
+void unpack_row(const hl_weight& w, int64_t out, float* x);
+
 // nullptr, or what is wrong with the description of a weight (not its contents).
 const char* weight_problem(const hl_weight& w);
 

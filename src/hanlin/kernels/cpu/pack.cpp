@@ -248,6 +248,8 @@ void put(const hl_weight& w, const Row& row, int64_t out) {
   }
 }
 
+}  // namespace
+
 void unpack_row(const hl_weight& w, int64_t out, float* x) {
   const uint8_t* tile = tile_of(w, out);
   const int64_t lane = out % HL_TILE;
@@ -281,6 +283,8 @@ void unpack_row(const hl_weight& w, int64_t out, float* x) {
     }
   });
 }
+
+namespace {
 
 // ---- what both ways of packing share --------------------------------------------------------------------------------
 
