@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hanlin.errors import HanlinError
     from hanlin.llm import LLM, load
     from hanlin.options import EngineConfig
-    from hanlin.pipeline import (
+    from hanlin.lmdeploy import (
         GenerationConfig,
         Pipeline,
         PytorchEngineConfig,
@@ -34,20 +34,20 @@ _HOME = {
     "Completion": "hanlin.types",
     "Delta": "hanlin.types",
     "EngineConfig": "hanlin.options",
-    "GenerationConfig": "hanlin.pipeline",
+    "GenerationConfig": "hanlin.lmdeploy",
     "HanlinError": "hanlin.errors",
     "LLM": "hanlin.llm",
     "Message": "hanlin.types",
-    "Pipeline": "hanlin.pipeline",
-    "PytorchEngineConfig": "hanlin.pipeline",
-    "Response": "hanlin.pipeline",
+    "Pipeline": "hanlin.lmdeploy",
+    "PytorchEngineConfig": "hanlin.lmdeploy",
+    "Response": "hanlin.lmdeploy",
     "SamplingParams": "hanlin.types",
     "Score": "hanlin.types",
     "Tool": "hanlin.types",
     "ToolCall": "hanlin.types",
-    "TurbomindEngineConfig": "hanlin.pipeline",
+    "TurbomindEngineConfig": "hanlin.lmdeploy",
     "load": "hanlin.llm",
-    "pipeline": "hanlin.pipeline",
+    "pipeline": "hanlin.lmdeploy",
 }
 
 __all__ = [
