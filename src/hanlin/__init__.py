@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from hanlin.aio import AsyncLLM
     from hanlin.errors import HanlinError
     from hanlin.llm import LLM, load
-    from hanlin.options import EngineConfig
     from hanlin.lmdeploy import (
         GenerationConfig,
         Pipeline,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
         TurbomindEngineConfig,
         pipeline,
     )
+    from hanlin.options import EngineConfig
     from hanlin.types import Completion, Delta, Message, SamplingParams, Score, Tool, ToolCall
 
 __version__ = "0.1.0"
