@@ -202,8 +202,6 @@ def _llama3(plain: Tensor, n: Mapping[str, float]) -> Tensor:
 def _yarn(plain: Tensor, base: float, dims: int, config: RopeConfig) -> Tensor:
     """Ramp to the scaled wave between the dimensions that turn `beta_fast` and `beta_slow` times when trained."""
     n, trained = config.numbers, config.trained_length
-    if "original_max_position_embeddings" not in n:
-        trained = round(config.max_positions / n["factor"]) if config.max_positions else trained
 
     def dimension(turns: float) -> float:
         return dims * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))

@@ -29,9 +29,10 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     read.fixed("hidden_act", "silu")
     read.fixed("pretraining_tp", 1)
     read.fixed("use_sliding_window", False)
-    if values.get("use_sliding_window") is False:  # its other keys then say nothing
-        read.used.update(("sliding_window", "layer_types"))
-    read.fixed("sliding_window", None)
+    if kind == "qwen2" or values.get("use_sliding_window") is False:
+        read.used.update(("sliding_window", "layer_types"))  # say nothing when the window is not used
+    else:
+        read.fixed("sliding_window", None)
     hidden, heads = read.whole("hidden_size"), read.whole("num_attention_heads")
     head_dim = read.whole("head_dim", hidden // max(heads, 1))
     max_positions = read.whole("max_position_embeddings", 2048)
