@@ -29,7 +29,7 @@ class TokenTable:
         special_ids: ids that carry structure, left out of text by default.
         spaced_ids: ids whose first byte is a space that the tokenizer may have put there (pieces that begin with "▁").
         strip: how much of such space at the start is the tokenizer's own: "none"; "first", the first one; "all" of it.
-        strip_after_special: whether a visible special token starts the text anew.
+        restart_ids: ids that start the text anew where they are kept, so that what follows is stripped like a start.
         byte_errors: stray bytes read as one U+FFFD each (SentencePiece's way), not one per broken character (Rust's).
     """
 
@@ -38,7 +38,7 @@ class TokenTable:
     special_ids: frozenset[int]
     spaced_ids: frozenset[int] = frozenset()
     strip: Literal["none", "first", "all"] = "none"
-    strip_after_special: bool = False
+    restart_ids: frozenset[int] = frozenset()
     byte_errors: bool = False
 
     def check(self, ids: Sequence[int]) -> None:
@@ -86,8 +86,8 @@ class StreamDetokenizer:
             if i in self._hidden:
                 continue
             text = table.texts[i]
-            if i in table.special_ids:
-                self._at_start = table.strip_after_special
+            if i in table.restart_ids:
+                self._at_start = True
             elif self._at_start and text:
                 if i in table.spaced_ids:
                     text = text[1:] if table.strip == "first" else text.lstrip(b" ")

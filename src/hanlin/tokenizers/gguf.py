@@ -63,6 +63,7 @@ def from_gguf(metadata: Mapping[str, Any], *, name: str = "GGUF") -> BaseTokeniz
     keys = _Keys(metadata, name)
     model = keys.value("model", str, None)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    keys.finish()
     if model not in builders:
         raise TokenizerError(
             f"{name}: tokenizer.ggml.model {model!r} is not supported; known: {', '.join(builders)}."

@@ -50,6 +50,7 @@ class HFTokenizer(BaseTokenizer):
         name: str = "tokenizer.json",
     ) -> None:
         content = _checked(data, name)
+        decoder = _Decoder(data.get("decoder"), name)
         added = {token.id: token.content for token in content.added}
         special_ids = {token.id for token in content.added if token.special or token.content in special}
         self._name = name
@@ -58,14 +59,11 @@ class HFTokenizer(BaseTokenizer):
         self._plain.encode_special_tokens = True
         moved = [text for i, text in added.items() if self._plain.token_to_id(text) != i]
         if moved:
-            raise TokenizerError(
-                f"{name}: {len(moved)} added tokens cannot have the ids they claim, such as {moved[0]!r}"
-            )
+            raise TokenizerError(f"{name}: added tokens whose ids do not follow the vocabulary's: {moved[:8]}")
         names = {i: piece for piece, i in content.vocabulary.items()} | added
         absent = [i for i in (*content.prefix, *content.suffix) if i not in names]
         if absent:
             raise TokenizerError(f"{name}: the post-processor adds ids that the vocabulary does not have: {absent[:8]}")
-        decoder = _Decoder(data.get("decoder"), name)
         size = max(rows, max(names) + 1)
         texts = [b""] * size
         for i, piece in names.items():
@@ -200,9 +198,7 @@ def _around(processor: object, found: list[str]) -> tuple[tuple[int, ...], tuple
     parts: list[list[int]] = [[], []]
     for step in _steps(processor, "processors"):
         if step.get("type") not in ("TemplateProcessing", "ByteLevel"):
-            found.append(
-                f"post-processor {step.get('type')!r} is not supported, only 'TemplateProcessing', 'ByteLevel'"
-            )
+            found.append(f"post-processor {step.get('type')!r:.40} is not supported, only 'TemplateProcessing'")
             continue
         place = 0
         template, known = step.get("single"), step.get("special_tokens")
@@ -225,7 +221,8 @@ def _source(data: Mapping[str, Any], neutral: set[int]) -> str:
     """The file as the library is to see it: what it would do beyond cutting text is left out or done here."""
     added = [dict(entry, special=entry["id"] in neutral) for entry in data.get("added_tokens") or []]
     model = dict(data["model"], dropout=None)
-    changed = dict(data, added_tokens=added, model=model, truncation=None, padding=None, post_processor=None)
+    unused = dict.fromkeys(("truncation", "padding", "post_processor", "decoder"))
+    changed = {**data, **unused, "added_tokens": added, "model": model}
     return json.dumps(changed, ensure_ascii=False)
 
 

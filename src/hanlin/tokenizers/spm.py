@@ -105,7 +105,7 @@ class SentencePieceTokenizer(BaseTokenizer):
             special_ids=frozenset(special_ids),
             spaced_ids=frozenset(i for i in range(size) if kinds[i] in _FROM_TEXT and pieces[i].startswith(SPACE)),
             strip="all" if model.remove_extra_spaces else "first" if model.dummy_prefix else "none",
-            strip_after_special=True,
+            restart_ids=frozenset(parsed.values()),
             byte_errors=True,
         )
         super().__init__(table, specials or _roles(model), parsed)
