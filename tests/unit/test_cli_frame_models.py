@@ -262,7 +262,7 @@ def test_doctor_finds_a_cache_that_cannot_be_written(run: Run, tmp_path: Path, m
 def test_doctor_finds_a_damaged_default_model(run: Run, cached: hub.Places) -> None:
     status, out, _ = run("doctor")
     assert status == 1
-    assert "is not the published file any more" in out and "hanlin rm --yes smollm2" in out
+    assert "is not the published file any more" in out and "hanlin pull" in out
 
 
 def test_doctor_asks_the_hub_only_when_told(places: hub.Places) -> None:

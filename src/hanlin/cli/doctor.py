@@ -258,8 +258,7 @@ def _default_model(places: hub.Places) -> Iterator[Check]:
     elif default.matches(path, hub.DEFAULT.sha256):
         yield Check("default model", "ok", f"{hub.DEFAULT.title}, its SHA-256 is right")
     else:
-        remedy = f"Run: hanlin rm --yes {hub.DEFAULT.id} && hanlin pull"
-        yield Check("default model", "fail", f"{path} is not the published file any more", remedy)
+        yield Check("default model", "fail", f"{path} is not the published file any more", "Run: hanlin pull")
 
 
 def _hub(places: hub.Places) -> Iterator[Check]:

@@ -84,7 +84,7 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a fetched model. Files that Hanlin did not fetch are never deleted."""
-    entry = hub.find(model)
+    entry = hub.lookup(model)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"refusing to delete {entry.id} unasked. Say --yes where nobody can answer.")

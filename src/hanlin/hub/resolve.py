@@ -68,6 +68,10 @@ def pull(model: str | None = None, *, report: Report | None = None, places: Plac
     """
     places, report = places or Places.default(), report or Report.stderr()
     if model is None or names.is_default(model):
+        path = default.location(default.SMOLLM2, places)
+        if default.present(path, default.SMOLLM2) and not default.matches(path, default.SMOLLM2.sha256):
+            report.say(f"{path} is not the published file any more; fetching it again.")
+            path.unlink(missing_ok=True)
         return _default(True, report, places)
     wanted = _hub_id(model)
     if wanted is None:

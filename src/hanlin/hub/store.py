@@ -15,7 +15,7 @@ from hanlin.errors import ConfigError, DownloadError, ModelNotFoundError
 from hanlin.hub import default, huggingface, names
 from hanlin.hub.places import Places, expand, look
 
-__all__ = ["Entry", "cached", "find", "remove"]
+__all__ = ["Entry", "cached", "lookup", "remove"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def remove(model: str, *, places: Places | None = None) -> Entry:
         DownloadError: the system refuses to delete it.
     """
     places = places or Places.default()
-    entry = find(model, places=places)
+    entry = lookup(model, places=places)
     roots = (places.models(), places.hub_cache)
     outside = entry.path.is_symlink() or entry.path.resolve().parent not in [root.resolve() for root in roots]
     if outside:
@@ -92,7 +92,7 @@ def remove(model: str, *, places: Places | None = None) -> Entry:
     return entry
 
 
-def find(model: str, *, places: Places | None = None) -> Entry:
+def lookup(model: str, *, places: Places | None = None) -> Entry:
     """The cache entry that `model` names: the default, a hub id under any of its organisation's names, or a short name.
 
     Raises:
