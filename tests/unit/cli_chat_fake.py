@@ -44,7 +44,7 @@ def greet(name: str) -> str:
 class FakeLLM:
     """Knows these questions; anything else it says back.
 
-    count: numbers for ever, 50 a second. wait: nothing for a minute. boom: fails after a word. tool: a tool call.
+    count: numbers for ever, 50 a second. wait: nothing for a minute, and the file FAKE_LOG. boom: fails after a word. tool: a tool call.
     markdown: all kinds of blocks. long: 200 lines. poem: Chinese. mute: nothing. context: how many messages came.
     """
 
@@ -91,6 +91,7 @@ class FakeLLM:
             if question == "tool":
                 calls = (ToolCall(name="search", arguments="{}"),)
                 reason = "tool_calls"
+            ended = "whole"
             yield Delta(
                 done=Completion(
                     text="".join(said),
@@ -102,7 +103,6 @@ class FakeLLM:
                     seed=sampling.seed or 7,
                 )
             )
-            ended = "whole"
         finally:
             self.finished.append(ended)
 
@@ -112,6 +112,8 @@ class FakeLLM:
                 yield f"{number} "
                 time.sleep(0.02)
         elif question == "wait":
+            if log := os.environ.get("FAKE_LOG"):
+                Path(log).touch()
             time.sleep(60)
         elif question == "boom":
             yield "Well"
@@ -138,8 +140,6 @@ def load(model: str | None = None, **options: Any) -> FakeLLM:
     if model is not None and "missing" in model:
         raise ModelNotFoundError(f"no model {model}")
     options.pop("progress")(1, 1)
-    if log := os.environ.get("FAKE_LOG"):
-        Path(log).write_text(f"{model} {options}", encoding="utf-8")
     llm = FakeLLM()
     llm.context_length = int(os.environ.get("FAKE_CONTEXT", "1000"))
     return llm

@@ -113,7 +113,7 @@ def chat(
         "chat_template": chat_template,
     }
     options = {key: value for key, value in held.items() if value is not None}
-    with load(name, options, guessed=model is None and first is not None) as llm:
+    with load(name, options, guessed=model is None and name is not None) as llm:
         talk = Conversation(system=system, sampling=llm.default_sampling.override(**sampling))
         if asked is None:
             _converse(llm, talk, markdown=not no_markdown, stats=stats)

@@ -129,7 +129,7 @@ KEYS: tuple[tuple[str, str], ...] = (
     ("''' ... '''", "A block of any lines, sent as it is."),
     ("Up, Down, Ctrl+R", "Earlier input."),
     ("Tab", "Complete a command, a parameter or a file name."),
-    ("Ctrl+C", "Stop the reply. At the prompt: clear the line; twice, leave."),
+    ("Ctrl+C", "Stop the reply. At the prompt: clear it; twice, leave."),
     ("Ctrl+D", "Leave."),
 )
 
