@@ -81,9 +81,7 @@ class KVPool:
         CapacityError: when the system refuses the memory.
     """
 
-    def __init__(
-        self, kind: KVKind, *, layers: int, blocks: int, block_size: int, heads: int, head_size: int
-    ) -> None:
+    def __init__(self, kind: KVKind, *, layers: int, blocks: int, block_size: int, heads: int, head_size: int) -> None:
         if layers < 1 or blocks < 1:
             raise ConfigError(f"a pool needs layers and blocks, not {layers} and {blocks}")
         self.kind, self.layers, self.blocks = KVKind(kind), layers, blocks
@@ -129,9 +127,7 @@ class KVPool:
         k_at, v_at = _pointer(k, "k", ("float32",), shape), _pointer(v, "v", ("float32",), shape)
         return _pointer(slots, "slots", ("int64",), shape[:1]), shape[0], k_at, width, v_at, width
 
-    def copy_blocks(
-        self, context: Context, to: Sequence[int], source: KVPool, blocks: Sequence[int]
-    ) -> None:
+    def copy_blocks(self, context: Context, to: Sequence[int], source: KVPool, blocks: Sequence[int]) -> None:
         """Copy blocks of `source` (this pool, or one of the same kind and shape) over blocks `to`, in every layer.
 
         Raises:
@@ -169,9 +165,5 @@ class KVPool:
         out_at = _pointer(out, "out", ("float32",), (tokens, heads, size))
         scale = size**-0.5 if scale is None else scale
         width = heads * size
-        check(
-            library().hl_attend(
-                context.handle, self.structs[layer], step, heads, scale, q_at, width, out_at, width
-            )
-        )
+        check(library().hl_attend(context.handle, self.structs[layer], step, heads, scale, q_at, width, out_at, width))
         return out

@@ -50,9 +50,7 @@ class Top(NamedTuple):
     log_sum_exp: Floats
 
 
-def norm(
-    context: Context, x: Any, gain: Any = None, bias: Any = None, *, eps: float, kind: Norm = Norm.RMS
-) -> Floats:
+def norm(context: Context, x: Any, gain: Any = None, bias: Any = None, *, eps: float, kind: Norm = Norm.RMS) -> Floats:
     """RMSNorm or LayerNorm of x (rows, width), gain and bias (width,)."""
     rows, width = x.shape
     x_at = _pointer(x, "x", ("float32",), (rows, width))
@@ -60,9 +58,7 @@ def norm(
     bias_at = None if bias is None else _pointer(bias, "bias", ("float32",), (width,))
     y = np.empty((rows, width), np.float32)
     check(
-        library().hl_norm(
-            context.handle, kind, x_at, width, rows, width, gain_at, bias_at, eps, y.ctypes.data, width
-        )
+        library().hl_norm(context.handle, kind, x_at, width, rows, width, gain_at, bias_at, eps, y.ctypes.data, width)
     )
     return y
 
@@ -91,9 +87,7 @@ def rope(context: Context, style: RopeStyle, x: Any, cos: Any, sin: Any) -> None
     x_at = _pointer(x, "x", ("float32",))
     cos_at = _pointer(cos, "cos", ("float32",), (tokens, half))
     sin_at = _pointer(sin, "sin", ("float32",), (tokens, half))
-    check(
-        library().hl_rope(context.handle, style, x_at, heads * size, tokens, heads, size, 2 * half, cos_at, sin_at)
-    )
+    check(library().hl_rope(context.handle, style, x_at, heads * size, tokens, heads, size, 2 * half, cos_at, sin_at))
 
 
 def top(context: Context, x: Any, k: int) -> Top:
