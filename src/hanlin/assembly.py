@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from hanlin.checkpoints.load import Loaded
-from hanlin.checkpoints.source import open_source
+from hanlin.checkpoints.source import TensorInfo, open_source
 from hanlin.engine.engine import Engine, EngineLimits
-from hanlin.engine.runner import TorchRunner, kv_bytes
+from hanlin.engine.lowering import Lowering
+from hanlin.engine.native import NativeRunner, native_block_bytes
+from hanlin.engine.runner import Runner, TorchRunner, kv_bytes
 from hanlin.errors import CapacityError, ChatFormatError, ConfigError, RequestError
+from hanlin.kernels.native import Context, unavailable_reason
 from hanlin.layers.rope import Rope, RopeConfig
+from hanlin.models.parts import HasParts
 from hanlin.options import EngineConfig, free_memory
 from hanlin.requests import RequestBuilder, stop_ids_of
 from hanlin.types import ChatFormat, SamplingParams, Tokenizer
 
-__all__ = ["check_memory", "engine", "peak_memory", "place", "requests"]
+__all__ = ["Placement", "check_memory", "engine", "peak_memory", "place", "requests"]
 
 # Without a word from the caller, a reply ends here rather than at the end of a context of 32K tokens.
 _DEFAULT_MAX_TOKENS = 1024
@@ -26,11 +32,36 @@ _DEFAULT_MAX_TOKENS = 1024
 _AUTO_CACHE_TOKENS = 65536
 
 
-def place(settings: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """Where and in which dtype the weights will be.
+@dataclass(kw_only=True)
+class Placement:
+    """Where and in which form a model is held and run.
+
+    Attributes:
+        dtype: of the torch module; with native weights only the norms stay there.
+        weights, kv_cache: kinds of the native runner; "auto" weights are as the files have them.
+        context: of the native runner; None for torch.
+        lowering: the packed weights, once loaded.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    weights: str = "auto"
+    kv_cache: str = "auto"
+    context: Context | None = None
+    lowering: Lowering | None = None
+
+    def taker(self, model: nn.Module) -> Lowering:
+        """Who takes the weights while the files are read."""
+        assert self.context is not None
+        self.lowering = Lowering(cast(HasParts, model), weights=self.weights, context=self.context)
+        return self.lowering
+
+
+def place(settings: EngineConfig) -> Placement:
+    """Choose device, dtype and runner.
 
     Raises:
-        ConfigError: for a device that is not here.
+        ConfigError: for a device that is not here, or kinds that only the native runner has where it cannot be used.
     """
     name = settings.device
     if name == "auto":
@@ -40,28 +71,62 @@ def place(settings: EngineConfig) -> tuple[torch.device, torch.dtype]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {error}") from error
+    quantised = settings.kv_cache if not settings.quant_policy else f"int{settings.quant_policy}"
+    why_not = _why_not_native(settings, device)
+    if why_not is None:
+        weights = settings.weights if settings.weights != "auto" else settings.dtype
+        kv_cache = quantised if quantised != "auto" else "float32" if weights == "float32" else "bfloat16"
+        context = Context(settings.threads)
+        return Placement(device=device, dtype=torch.float32, weights=weights, kv_cache=kv_cache, context=context)
+    only_native = [
+        f"{key} = {value!r}"
+        for key, value in (("runner", settings.runner), ("weights", settings.weights), ("kv_cache", quantised))
+        if value not in ("auto", "torch")
+    ]
+    if only_native:
+        raise ConfigError(f"{', '.join(only_native)} needs the native runner, which cannot be used: {why_not}")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.dtype != "auto":
-        return device, getattr(torch, settings.dtype)
-    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device, torch.bfloat16 if native else torch.float32
+        return Placement(device=device, dtype=getattr(torch, settings.dtype))
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Placement(device=device, dtype=torch.bfloat16 if fast else torch.float32)
 
 
-def check_memory(path: Path, dtype: torch.dtype, device: torch.device) -> None:
+def _why_not_native(settings: EngineConfig, device: torch.device) -> str | None:
+    if settings.runner == "torch":
+        return "runner = 'torch' was asked for"
+    if device.type != "cpu":
+        return f"the device is {device}"
+    if settings.dtype == "float16":
+        return "dtype = 'float16' was asked for"
+    return unavailable_reason()
+
+
+def check_memory(path: Path, placement: Placement) -> None:
     """Raises:
     CapacityError: when the weights will not fit, with what they need, before any of it is taken.
     """
-    if device.type != "cpu":
+    if placement.device.type != "cpu":
         return
     with open_source(path) as source:
-        elements = sum(torch.Size(info.shape).numel() for info in source.infos.values())
-    need, free = elements * dtype.itemsize, free_memory()
+        need = sum(_bytes(info, placement) for info in source.infos.values())
+    free = free_memory()
     if need > free:
+        kind = placement.weights if placement.context else str(placement.dtype).removeprefix("torch.")
         raise CapacityError(
-            f"{path}: the weights need {need / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}, "
-            f"{free / 2**30:.1f} GiB are free"
+            f"{path}: the weights need {need / 2**30:.1f} GiB as {kind}, {free / 2**30:.1f} GiB are free"
         )
+
+
+def _bytes(info: TensorInfo, placement: Placement) -> float:
+    """What a stored tensor will take; the integer kinds have a float16 scale (and minimum) for each 32 values."""
+    count = torch.Size(info.shape).numel()
+    if placement.context is None:
+        return count * placement.dtype.itemsize
+    if placement.weights == "auto":
+        return min(info.nbytes, count * 2.0)
+    return count * {"float32": 4, "bfloat16": 2, "int8": 1.0625, "int4": 0.625}[placement.weights]
 
 
 def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuilder:
@@ -85,13 +150,31 @@ def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuild
     )
 
 
-def engine(loaded: Loaded, settings: EngineConfig, rope: RopeConfig) -> Engine:
+def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: RopeConfig) -> Engine:
     """A runner with a pool as large as the settings say, and an engine over it."""
     size = settings.cache_block_seq_len
     context = settings.session_len or _context(rope)
-    dtype = next(loaded.model.parameters()).dtype
-    blocks = _blocks(settings, context, kv_bytes(loaded.config, dtype.itemsize) * size)
-    runner = TorchRunner(loaded.model, blocks=blocks, block_size=size, invariant=settings.deterministic)
+    lowering = placement.lowering
+    per_block = (
+        native_block_bytes(loaded.config, placement.kv_cache, size)
+        if lowering
+        else kv_bytes(loaded.config, placement.dtype.itemsize) * size
+    )
+    blocks = _blocks(settings, context, per_block)
+    runner: Runner
+    if lowering and placement.context:
+        runner = NativeRunner(
+            lowering,
+            loaded.config,
+            context=placement.context,
+            rope=rope,
+            blocks=blocks,
+            block_size=size,
+            kv_cache=placement.kv_cache,
+            max_tokens=settings.max_prefill_token_num,
+        )
+    else:
+        runner = TorchRunner(loaded.model, blocks=blocks, block_size=size, invariant=settings.deterministic)
     limits = EngineLimits(
         blocks=blocks,
         block_size=size,

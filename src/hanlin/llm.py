@@ -49,10 +49,16 @@ def load(
     began = time.perf_counter()
     settings = (config or EngineConfig()).override(**options)
     location = resolve(model, report=report)
-    device, dtype = assembly.place(settings)
-    assembly.check_memory(location.path, dtype, device)
-    loaded = load_model(location.path, dtype=dtype, device=device, progress=progress)
-    llm = LLM(loaded, settings, path=location.path, name=location.id)
+    placement = assembly.place(settings)
+    assembly.check_memory(location.path, placement)
+    loaded = load_model(
+        location.path,
+        dtype=placement.dtype,
+        device=placement.device,
+        progress=progress,
+        taker=placement.taker if placement.context else None,
+    )
+    llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
     llm.load_seconds = time.perf_counter() - began
     return llm
 
@@ -67,13 +73,15 @@ class LLM:
         load_seconds: how long loading took.
     """
 
-    def __init__(self, loaded: Loaded, settings: EngineConfig, *, path: Path, name: str) -> None:
+    def __init__(
+        self, loaded: Loaded, settings: EngineConfig, placement: assembly.Placement, *, path: Path, name: str
+    ) -> None:
         self.path, self.name, self.config = path, name, loaded.config
         self.load_seconds = 0.0
         self.requests = assembly.requests(loaded, settings, path)
         self.tokenizer = self.requests.tokenizer
         self.default_sampling = self.requests.defaults
-        self.engine = assembly.engine(loaded, settings, self.requests.rope)
+        self.engine = assembly.engine(loaded, settings, placement, self.requests.rope)
         self.context_length = self.engine.capacity
         self.thread = EngineThread(self.engine)
 

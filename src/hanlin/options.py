@@ -12,6 +12,8 @@ from hanlin.errors import ConfigError, problems
 __all__ = ["EngineConfig"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "float32", "bfloat16", "int8", "int4")
+RUNNERS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,11 @@ class EngineConfig:
         session_len: tokens of one conversation at most; None is what the model was made for.
         max_batch_size: sequences computed together at most.
         max_prefill_token_num: tokens of one step at most; longer prompts are cut into chunks.
+        weights: how a CPU keeps them: auto (blocks of a GGUF file as they are, else `dtype`), float32, bfloat16, int8,
+            int4. The integer kinds have groups of 32; the head and a tied embedding keep 8 bits.
+        kv_cache: auto (as `dtype`), float32, bfloat16, int8 or int4; on a CPU.
+        quant_policy: LMDeploy's word for it: 8 and 4 are int8 and int4.
+        runner: auto, native (the CPU library) or torch (any device, the reference).
         cache_max_entry_count: of the KV cache: a fraction of the free memory, or a number of blocks; None takes what
             `max_batch_size` short or a few long conversations need, and half of the free memory at most.
         cache_bytes: of the KV cache: its size in bytes, instead.
@@ -35,7 +42,7 @@ class EngineConfig:
         chat_template: name of a chat format; None chooses by the model.
         system_prompt: for conversations without one; None is the model's own default, "" none at all.
         threads: CPU threads; None leaves it to torch.
-        tp, quant_policy, use_logn_attn: must be 1, 0 and False for now.
+        tp, use_logn_attn: must be 1 and False for now.
         model_format: None, "hf" or "gguf"; the files tell.
 
     Raises:
@@ -56,15 +63,23 @@ class EngineConfig:
     chat_template: str | None = None
     system_prompt: str | None = None
     threads: int | None = None
-    tp: int = 1
+    weights: str = "auto"
+    kv_cache: str = "auto"
     quant_policy: int = 0
+    runner: str = "auto"
+    tp: int = 1
     use_logn_attn: bool = False
     model_format: str | None = None
 
     def __post_init__(self) -> None:
         found = []
-        if self.dtype not in DTYPES:
-            found.append(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name, allowed in (("dtype", DTYPES), ("weights", WEIGHTS), ("kv_cache", WEIGHTS), ("runner", RUNNERS)):
+            if getattr(self, name) not in allowed:
+                found.append(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.quant_policy not in (0, 4, 8):
+            found.append(f"quant_policy must be 0, 4 or 8, not {self.quant_policy!r}")
+        elif self.quant_policy and self.kv_cache not in ("auto", f"int{self.quant_policy}"):
+            found.append(f"quant_policy {self.quant_policy} and kv_cache {self.kv_cache!r} contradict each other")
         for name, low in (
             ("session_len", 2),
             ("max_batch_size", 1),
@@ -85,7 +100,7 @@ class EngineConfig:
         factor = self.rope_scaling_factor
         if type(factor) not in (int, float) or not (factor == 0 or 1 <= factor < math.inf):
             found.append(f"rope_scaling_factor must be 0 or >= 1, not {factor!r}")
-        for name, only in (("tp", 1), ("quant_policy", 0), ("use_logn_attn", False)):
+        for name, only in (("tp", 1), ("use_logn_attn", False)):
             if getattr(self, name) != only:
                 found.append(f"{name} = {getattr(self, name)!r} is not supported, only {only!r}")
         if self.model_format not in (None, "hf", "gguf"):

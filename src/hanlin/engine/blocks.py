@@ -30,6 +30,7 @@ class BlockManager:
         self._hash: list[bytes | None] = [None] * count
         self._by_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
+        self.most_used = 0  # blocks that have been touched; untouched ones take no memory
 
     @property
     def free(self) -> int:
@@ -69,6 +70,7 @@ class BlockManager:
             return False
         for _ in range(need):
             block = next(iter(self._free))
+            self.most_used = max(self.most_used, block + 1)
             self._forget(block)
             self._take(block)
             sequence.blocks.append(block)

@@ -60,6 +60,13 @@ class Engine:
     def idle(self) -> bool:
         return self.scheduler.idle
 
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes of the weights, and of the blocks of the cache that have ever been used."""
+        return {
+            "weights": self.runner.weight_bytes,
+            "cache": self.blocks.most_used * self.runner.block_bytes,
+        }
+
     def check(self, sequence: Sequence) -> None:
         """Raises:
         ContextLengthError: when the prompt leaves no room for a reply.

@@ -200,7 +200,7 @@ class Lowering:
                 slot.group = 32
                 return
             few = dtypes <= {*_FEW_BITS, *_LOSSLESS} and slot.in_ % 32 == 0
-            kinds = KINDS["int8" if few else "float32" if dtypes == {"F32"} else "bfloat16"]
+            kinds = KINDS["int8" if few else "bfloat16"]
         else:
             kinds = KINDS[self._weights]
         slot.kind, slot.group = (kinds.head, kinds.head_group) if slot.head else (kinds.kind, kinds.group)

@@ -27,6 +27,8 @@ class Runner(Protocol):
 
     name: str
     vocab_size: int
+    weight_bytes: int
+    block_bytes: int  # of one block in all layers
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits (R, V) of the rows that the batch wants."""
@@ -50,6 +52,8 @@ class TorchRunner:
         config = self._model.config
         weight = next(model.parameters())
         self.device, self.vocab_size = weight.device, config.vocab_size
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        self.block_bytes = kv_bytes(config, weight.dtype.itemsize) * block_size
         self.invariant = invariant and self.device.type == "cpu"
         if self.invariant:
             make_invariant(model)

@@ -1,0 +1,124 @@
+"""The native runner: a lowered model as one program of the CPU library, a whole step in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hanlin.engine.batch import Batch
+from hanlin.engine.lowering import Lowering, Slot
+from hanlin.kernels.kv import KVKind, KVPool, Layout, block_bytes
+from hanlin.kernels.native import Context, PackedWeight
+from hanlin.kernels.program import Buffer, Program, Step
+from hanlin.layers.norm import RMSNorm
+from hanlin.layers.rope import Positions, RopeConfig
+from hanlin.layers.tables import TabledRope
+from hanlin.models.config import DecoderConfig
+
+__all__ = ["KV_KINDS", "NativeRunner", "native_block_bytes"]
+
+KV_KINDS: Mapping[str, KVKind] = {
+    "float32": KVKind.F32,
+    "bfloat16": KVKind.BF16,
+    "int8": KVKind.INT8,
+    "int4": KVKind.INT4,
+}
+
+
+def native_block_bytes(config: DecoderConfig, kv_cache: str, block_size: int) -> int:
+    """Bytes that one block takes in all layers of the pool.
+
+    Raises:
+        ConfigError: a block size or head size that the library cannot have.
+    """
+    return config.num_layers * block_bytes(KV_KINDS[kv_cache], block_size, config.num_kv_heads, config.head_dim)
+
+
+class NativeRunner:
+    """Runs a model whose weights a `Lowering` has packed; the residual stream is float32."""
+
+    name = "native"
+
+    def __init__(
+        self,
+        lowering: Lowering,
+        config: DecoderConfig,
+        *,
+        context: Context,
+        rope: RopeConfig,
+        blocks: int,
+        block_size: int,
+        kv_cache: str,
+        max_tokens: int,
+    ) -> None:
+        self.vocab_size = config.vocab_size
+        self.weight_bytes = lowering.nbytes
+        self._context = context
+        self._rope = TabledRope(rope)
+        self._pool = KVPool(
+            KV_KINDS[kv_cache],
+            layers=config.num_layers,
+            blocks=blocks,
+            block_size=block_size,
+            heads=config.num_kv_heads,
+            head_size=config.head_dim,
+        )
+        self.block_bytes = self._pool.block_bytes * config.num_layers
+        self.program = _program(lowering, config, context, self._pool, rope)
+        self.program.build(max_tokens)
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths)
+        rotation = self._rope(Positions(torch.from_numpy(batch.positions), lengths))
+        prefix = batch.prefix_lens if batch.prefix_lens.any() else None
+        layout = Layout(
+            query_start=batch.query_start, context=batch.context, block_table=batch.block_table, prefix_len=prefix
+        )
+        step = Step(
+            ids=batch.ids, slots=batch.slots, layout=layout, rows=batch.rows, cos=rotation.cos, sin=rotation.sin
+        )
+        return cast("NDArray[np.float32]", self.program.run(step).logits)
+
+    def close(self) -> None:
+        self._context.close()
+
+
+def _program(lowering: Lowering, config: DecoderConfig, context: Context, pool: KVPool, rope: RopeConfig) -> Program:
+    """The operations of a whole step, block by block."""
+    program = Program(context, pool)
+    x = program.embed(_embedding(lowering))
+    for layer, (slots, parts) in enumerate(zip(lowering.blocks, lowering.parts.blocks, strict=True)):
+        qkv = _linear(program, _norm(program, x, parts.attention_norm), slots.qkv)
+        program.rope(qkv, layer, heads=config.num_heads, rotary=rope.dims)
+        _linear(program, program.attend(qkv, layer, heads=config.num_heads), slots.out, add_to=x)
+        inner = _linear(program, _norm(program, x, parts.mlp_norm), slots.gate_up, silu_mul=slots.fused)
+        _linear(program, inner if slots.fused else program.gate(inner), slots.down, add_to=x)
+    last = _norm(program, program.gather(x), lowering.parts.norm)
+    program.head(last, _weight(lowering.head), lowering.head.bias)
+    return program
+
+
+def _embedding(lowering: Lowering) -> PackedWeight | torch.Tensor:
+    if lowering.tied:
+        return _weight(lowering.head)
+    if lowering.embedding is not None:
+        return _weight(lowering.embedding)
+    assert lowering.table is not None
+    return lowering.table
+
+
+def _linear(program: Program, x: Buffer, slot: Slot, *, add_to: Buffer | None = None, silu_mul: bool = False) -> Buffer:
+    return program.linear(x, _weight(slot), slot.bias, add_to=add_to, silu_mul=silu_mul)
+
+
+def _norm(program: Program, x: Buffer, norm: RMSNorm) -> Buffer:
+    return program.norm(x, norm.weight.detach().float().contiguous(), eps=norm.eps)
+
+
+def _weight(slot: Slot) -> PackedWeight:
+    assert slot.weight is not None
+    return slot.weight
