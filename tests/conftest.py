@@ -30,7 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }

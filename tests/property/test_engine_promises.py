@@ -13,11 +13,56 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hanlin.engine.engine import Engine, EngineLimits
+from hanlin.engine.lowering import Lowering
+from hanlin.engine.native import NativeRunner
 from hanlin.engine.runner import TorchRunner
 from hanlin.engine.sequence import Sampled, Sequence
+from hanlin.kernels.native import Context, available, unavailable_reason
 from hanlin.layers.attend import PackedAttend
 from hanlin.layers.rope import Positions
 from hanlin.types import SamplingParams
+
+
+def torch_runner(model: Any, blocks: int, size: int) -> TorchRunner:
+    return TorchRunner(model, blocks=blocks, block_size=size, invariant=True)
+
+
+def native(weights: str, kv_cache: str, threads: int = 2) -> Any:
+    """A maker of native runners over a model in memory."""
+
+    def make(model: Any, blocks: int, size: int) -> NativeRunner:
+        context = Context(threads)
+        lowering = Lowering(model, weights=weights, context=context)
+        lowering.plan({name: ("F32",) for name, _ in model.named_parameters()})
+        for name, parameter in model.named_parameters():
+            lowering.take(name, lambda p=parameter: p.detach().float(), lambda: None)  # type: ignore[misc]
+        return NativeRunner(
+            lowering,
+            model.config,
+            context=context,
+            rope=model.config.rope,
+            blocks=blocks,
+            block_size=size,
+            kv_cache=kv_cache,
+            max_tokens=256,
+        )
+
+    return make
+
+
+needs_native = pytest.mark.skipif(not available(), reason=f"the native library: {unavailable_reason()}")
+RUNNERS = {
+    "torch-float32": (torch.float32, torch_runner),
+    "torch-bfloat16": (torch.bfloat16, torch_runner),
+    "float32": (torch.float32, native("float32", "float32")),
+    "bfloat16": (torch.float32, native("bfloat16", "bfloat16")),
+    "int8-kv8": (torch.float32, native("int8", "int8")),
+    "int4-kv4": (torch.float32, native("int4", "int4")),
+}
+KINDS = ["internlm2", "internlm2-bias", "internlm2-dynamic", "llama", "qwen2", "internlm", "internlm3"]
+RUNNER_PARAMS = [
+    pytest.param(name, marks=[] if name.startswith("torch") else needs_native, id=name) for name in RUNNERS
+]
 
 
 @dataclass
@@ -43,9 +88,9 @@ def request(prompt: list[int], sampling: SamplingParams, model: Any, **extra: An
     return Sequence(prompt=tuple(prompt), sampling=sampling, sink=Listener(), seed=7, rope_length=rope, **extra)
 
 
-def engine_of(model: Any, blocks: int = 64, **limits: Any) -> Engine:
-    size = limits.pop("block_size", 4)
-    runner = TorchRunner(model, blocks=blocks, block_size=size, invariant=True)
+def engine_of(model: Any, blocks: int = 64, make: Any = torch_runner, **limits: Any) -> Engine:
+    size = limits.pop("block_size", 16)
+    runner = make(model, blocks, size)
     return Engine(runner, EngineLimits(blocks=blocks, block_size=size, max_context=256, **limits))
 
 
@@ -75,9 +120,7 @@ def recomputed(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    "kind", ["internlm2", "internlm2-bias", "internlm2-dynamic", "llama", "qwen2", "internlm", "internlm3"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_engine_equals_recomputation(tiny: Any, kind: str) -> None:
     rng = np.random.default_rng(3)
     engine = engine_of(tiny(kind), max_step_tokens=11)
@@ -118,7 +161,7 @@ def schedules(draw: Any) -> dict[str, Any]:
         )
     return {
         "requests": requests,
-        "block_size": draw(st.sampled_from([1, 4, 16])),
+        "block_size": draw(st.sampled_from([16, 32])),
         "max_step_tokens": draw(st.integers(3, 40)),
         "max_sequences": draw(st.integers(1, 5)),
         "prefix_caching": draw(st.booleans()),
@@ -126,16 +169,16 @@ def schedules(draw: Any) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=2)
-def _alone(model: Any) -> dict[Any, Any]:
+@functools.lru_cache(maxsize=8)
+def _alone(model: Any, make: Any) -> dict[Any, Any]:
     return {}
 
 
-def alone(model: Any, prompt: list[int], sampling: SamplingParams) -> Any:
+def alone(model: Any, prompt: list[int], sampling: SamplingParams, make: Any = torch_runner) -> Any:
     """The answer of the request by itself, the cache cold, the prompt in one step."""
-    known, key = _alone(model), (tuple(prompt), str(sampling))
+    known, key = _alone(model, make), (tuple(prompt), str(sampling))
     if key not in known:
-        engine = engine_of(model)
+        engine = engine_of(model, make=make)
         sequence = request(prompt, sampling, model)
         engine.add(sequence)
         run(engine)
@@ -143,18 +186,20 @@ def alone(model: Any, prompt: list[int], sampling: SamplingParams) -> Any:
     return known[key]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("runner", RUNNER_PARAMS)
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(plan=schedules())
-def test_one_request_one_answer(tiny: Any, dtype: torch.dtype, plan: dict[str, Any]) -> None:
+def test_one_request_one_answer(tiny: Any, runner: str, plan: dict[str, Any]) -> None:
+    dtype, make = RUNNERS[runner]
     model = tiny("internlm2-dynamic", dtype)
     size = plan["block_size"]
     longest = max(-(-(len(r["prompt"]) + r["sampling"].max_tokens) // size) for r in plan["requests"])
     engine = engine_of(
         model,
         blocks=longest if plan["tight"] else 400 // size,
+        make=make,
         block_size=size,
         max_step_tokens=plan["max_step_tokens"],
         max_sequences=plan["max_sequences"],
@@ -173,7 +218,7 @@ def test_one_request_one_answer(tiny: Any, dtype: torch.dtype, plan: dict[str, A
         engine.check_integrity()
     assert engine.idle and engine.blocks.free == engine.blocks.count
     for r, sequence in zip(plan["requests"], sequences, strict=True):
-        want, reason = alone(model, r["prompt"], r["sampling"])
+        want, reason = alone(model, r["prompt"], r["sampling"], make)
         got, ended = answer(sequence)
         if ended == "abort":
             assert got == want[: len(got)]
@@ -189,7 +234,7 @@ def test_cache_is_used_and_changes_nothing(tiny: Any) -> None:
     for sequence in (first, second):
         engine.add(sequence)
         run(engine)
-    assert (first.cached, second.cached) == (0, 36)
+    assert (first.cached, second.cached) == (0, 32)
     assert answer(first) == answer(second)
 
 
@@ -200,7 +245,7 @@ def test_salts_do_not_share(tiny: Any) -> None:
         sequence = request(list(range(40)), SamplingParams(temperature=0, max_tokens=1), model, salt=salt)
         engine.add(sequence)
         run(engine)
-    assert sequence.cached == 36
+    assert sequence.cached == 32
     other = request(list(range(40)), SamplingParams(temperature=0, max_tokens=1), model, salt=b"c")
     engine.add(other)
     run(engine)
@@ -210,7 +255,7 @@ def test_salts_do_not_share(tiny: Any) -> None:
 def test_preemption_happens_and_changes_nothing(tiny: Any) -> None:
     model = tiny("internlm2")
     sampling = SamplingParams(temperature=0.9, max_tokens=30)
-    engine = engine_of(model, blocks=14, prefix_caching=False)
+    engine = engine_of(model, blocks=14, block_size=4, prefix_caching=False)
     sequences = [request([5, 6, 7 + i], sampling, model) for i in range(4)]
     for sequence in sequences:
         engine.add(sequence)
@@ -243,3 +288,42 @@ def test_a_long_prompt_does_not_stall_decoding(tiny: Any) -> None:
         before = len(talker.generated)
         engine.step()
         assert len(talker.generated) == before + 1
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_equals_torch(tiny: Any, kind: str) -> None:
+    """The two runners compute the same logits, float32 to 1e-4, on prompts, chunks and decoding."""
+    model = tiny(kind)
+    rng = np.random.default_rng(5)
+    prompt = rng.integers(0, 97, 50).tolist()
+    rows = []
+    for make in (torch_runner, native("float32", "float32")):
+        engine = engine_of(model, make=make, max_step_tokens=23)
+        sequence = request(prompt, SamplingParams(max_tokens=1), model, score_prompt=True)
+        engine.add(sequence)
+        run(engine)
+        rows.append(np.asarray(sequence.prompt_logprobs))
+    assert np.abs(rows[0] - rows[1]).max() < 1e-4
+    answers = []
+    for make in (torch_runner, native("float32", "float32")):
+        engine = engine_of(model, make=make, max_step_tokens=23)
+        sequence = request(prompt, SamplingParams(temperature=0, max_tokens=20), model)
+        engine.add(sequence)
+        run(engine)
+        answers.append(sequence.generated)
+    assert answers[0] == answers[1]
+
+
+@needs_native
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_threads_change_nothing(tiny: Any, weights: str) -> None:
+    model = tiny("llama")
+    got = set()
+    for threads in (1, 2, 3, 5):
+        engine = engine_of(model, make=native(weights, "int8", threads))
+        sequence = request(list(range(60)), SamplingParams(temperature=0.8, max_tokens=10, logprobs=3), model)
+        engine.add(sequence)
+        run(engine)
+        got.add(answer(sequence))
+    assert len(got) == 1
