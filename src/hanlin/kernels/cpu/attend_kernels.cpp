@@ -163,23 +163,43 @@ void widen_slots(const hl_kv& kv, const uint8_t* from, uint8_t* keys, uint8_t* v
 
 // ---- writing and reading single slots ---------------------------------------------------------------------------------------------
 
-// Where element d of a slot is, counted in elements of HL_KV_BF16's order: keys are [d/2][slot][2], values [slot/2][d][2].
-HL_INLINE int64_t key_index(int64_t slot, int64_t d) { return d / 2 * 2 * HL_SLOTS + slot * 2 + d % 2; }
-HL_INLINE int64_t value_index(int64_t slot, int64_t d, int64_t padded) { return (slot / 2 * padded + d) * 2 + slot % 2; }
+// Puts n elements of a row where HL_KV_BF16's order has them: keys [d/2][slot][2], values [slot/2][d][2].
+template <class Element>
+HL_INLINE void scatter(const Element* row, int64_t n, bool keys, int64_t slot, int64_t padded, Element* part) {
+  if (keys) {
+    Element* to = part + 2 * slot;
+    for (int64_t d = 0; d < n; d += 2) memcpy(to + d * HL_SLOTS, row + d, 2 * sizeof(Element));
+  } else {
+    Element* to = part + slot / 2 * padded * 2 + slot % 2;
+    for (int64_t d = 0; d < n; d++) to[2 * d] = row[d];
+  }
+}
 
 // Scale and minimum of a row, and its codes.
 void encode(const float* x, int32_t n, float steps, uint8_t (&codes)[most_head], uint16_t* scale_to, uint16_t* min_to) {
-  float low = x[0], high = x[0], probe = 0;
-  for (int32_t i = 0; i < n; i++) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-    probe += x[i] * 0.0f;  // NaN once a value is not finite
+  const auto take = [&](int32_t i) { return n - i < lanes ? load(x + i, n - i) : load(x + i); };
+  const F inside = set1(x[0]);
+  F lows = inside, highs = inside;
+  I exponents = set1i(0);
+  for (int32_t i = 0; i < n; i += lanes) {
+    F v = take(i);
+    if (n - i < lanes) {  // lanes beyond the row must not count
+      float t[lanes];
+      store(t, inside);
+      memcpy(t, x + i, sizeof(float) * static_cast<size_t>(n - i));
+      v = load(t);
+    }
+    lows = min(v, lows);
+    highs = max(v, highs);
+    exponents = maxi(exponents, andi(bits(v), set1i(0x7F800000)));
   }
   memset(codes, 0, sizeof codes);
-  if (probe != 0) {
+  if (hmax(exponents) == 0x7F800000) {  // NaN or infinity
     *scale_to = *min_to = 0x7E00u;
     return;
   }
+  float low = -hmax(sub(zero(), lows));
+  const float high = hmax(highs);
   *min_to = to_half(low);
   low = from_half(*min_to);
   const float ideal = (high - low) / steps;
@@ -190,13 +210,19 @@ void encode(const float* x, int32_t n, float steps, uint8_t (&codes)[most_head],
   if (scale == 0) return;
   const F inverse = set1(1.0f / scale), minimum = set1(low);
   for (int32_t i = 0; i < n; i += lanes) {
-    const int count = n - i < lanes ? n - i : lanes;
-    F q = floor(fma(sub(load(x + i, count), minimum), inverse, set1(0.5f)));
+    F q = floor(fma(sub(take(i), minimum), inverse, set1(0.5f)));
     q = max(zero(), min(set1(steps), q));
-    uint8_t t[lanes];
-    store_i8(t, to_int(q));
-    memcpy(codes + i, t, static_cast<size_t>(count));
+    store_i8(codes + i, to_int(q));  // up to 15 codes more than there are dimensions, which nobody looks at
   }
+}
+
+// Codes d and d + apart in the nibbles of one byte; returns how many bytes.
+template <int apart>
+HL_INLINE int64_t join(const uint8_t* codes, int64_t n, uint8_t* both) {
+  int64_t bytes = 0;
+  for (int64_t d = 0; d < n; d += 2 * apart, bytes += apart)
+    for (int i = 0; i < apart; i++) both[bytes + i] = static_cast<uint8_t>(codes[d + i] | codes[d + apart + i] << 4);
+  return bytes;
 }
 
 void write_row(const hl_kv& kv, uint8_t* part, uint16_t* params, bool keys, int64_t slot, const float* x) {
@@ -208,29 +234,17 @@ void write_row(const hl_kv& kv, uint8_t* part, uint16_t* params, bool keys, int6
     return;
   }
   if (kv.kind == HL_KV_BF16) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(part);
-    for (int32_t d = 0; d < n; d += lanes) {
-      const int count = n - d < lanes ? n - d : lanes;
-      uint16_t t[lanes];
-      store_u16(t, to_bf16(load(x + d, count)));
-      for (int i = 0; i < count; i++) to[keys ? key_index(slot, d + i) : value_index(slot, d + i, padded)] = t[i];
-    }
-    return;
+    uint16_t rounded[most_head];
+    for (int32_t d = 0; d < n; d += lanes) store_u16(rounded + d, to_bf16(n - d < lanes ? load(x + d, n - d) : load(x + d)));
+    return scatter(rounded, n, keys, slot, padded, reinterpret_cast<uint16_t*>(part));
   }
   uint8_t codes[most_head];
   encode(x, n, kv.kind == HL_KV_INT8 ? 255.0f : 15.0f, codes, params + slot, params + HL_SLOTS + slot);
-  if (kv.kind == HL_KV_INT8) {
-    for (int32_t d = 0; d < n; d++) part[keys ? key_index(slot, d) : value_index(slot, d, padded)] = codes[d];
-    return;
-  }
+  if (kv.kind == HL_KV_INT8) return scatter(codes, n, keys, slot, padded, part);
   // Two vectors of 32 elements share 32 bytes: for keys those of d and d + 2, for values those of d and d + 16.
-  const int32_t apart = keys ? 2 : 16;
-  for (int32_t d = 0; d < n; d++) {
-    if (d / apart % 2) continue;
-    const int64_t at = keys ? key_index(slot, d) : value_index(slot, d, padded);
-    const int high = d + apart < n ? codes[d + apart] : 0;
-    part[at / 64 * 32 + at % 32] = static_cast<uint8_t>(codes[d] | high << 4);
-  }
+  uint8_t both[most_head / 2];
+  const int64_t bytes = keys ? join<2>(codes, n, both) : join<lanes>(codes, n, both);
+  scatter(both, bytes, keys, slot, padded / 2, part);
 }
 
 // ---- the two products ---------------------------------------------------------------------------------------------------------------

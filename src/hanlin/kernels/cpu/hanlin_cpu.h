@@ -186,7 +186,7 @@ typedef enum hl_rope_style {
 HL_API int32_t hl_rope(hl_ctx* ctx, int32_t style, float* x, int64_t ldx, int64_t tokens, int32_t heads,
                        int32_t head_size, int32_t rotary, const float* cos, const float* sin);
 
-#define HL_MOST_TOP 1024
+#define HL_MOST_TOP 256
 
 /* Of every row of x (rows, columns): the k largest values in falling order with their columns (equal values: lower
  * column first), and log(sum(exp(x))). k in 0..min(columns, HL_MOST_TOP); argmax is k = 1. values and ids (rows, k),
