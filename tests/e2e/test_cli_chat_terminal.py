@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,81 +21,13 @@ pyte: Any = pytest.importorskip("pyte", reason="needs the terminal emulator pyte
 
 import termios  # noqa: E402
 
+from cli_chat_screen import Terminal  # noqa: E402
+
 # From Python 3.12 on, forking beside the threads of other tests' libraries is warned of; only exec follows here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 
 _FAKE = Path(__file__).parents[1] / "unit" / "cli_chat_fake.py"
-_PATIENCE = 30.0  # seconds, for a machine that has much else to do
 CTRL_C, CTRL_D, ALT_ENTER, UP = "\x03", "\x04", "\x1b\r", "\x1b[A"
-
-
-class Terminal:
-    """A program at a terminal, and the terminal's screen."""
-
-    def __init__(self, home: Path, *arguments: str, rows: int = 40, columns: int = 80, **settings: str) -> None:
-        environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))},
-            "PYTHONPATH": str(Path(hanlin.__file__).parents[1]),
-            "HANLIN_HOME": str(home),
-            "TERM": "xterm-256color",
-            "LC_ALL": "C.UTF-8",
-            "PROMPT_TOOLKIT_NO_CPR": "1",  # the emulator answers no questions
-            **settings,
-        }
-        self.process = pexpect.spawn(
-            sys.executable, [str(_FAKE), "chat", *arguments], env=environment, dimensions=(rows, columns), cwd=str(home)
-        )
-        self.screen = pyte.HistoryScreen(columns, rows, history=10_000)
-        self._stream = pyte.ByteStream(self.screen)
-
-    def read(self, seconds: float = 0.05) -> None:
-        """Take what the program writes."""
-        try:
-            self._stream.feed(self.process.read_nonblocking(1 << 16, seconds))
-        except (pexpect.TIMEOUT, pexpect.EOF):
-            pass
-
-    @property
-    def lines(self) -> list[str]:
-        above = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
-        lines = [line.rstrip() for line in (*above, *self.screen.display)]
-        while lines and not lines[-1]:
-            lines.pop()
-        return lines
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def until(self, done: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while not done():
-            assert time.monotonic() < deadline, f"{what} did not come. The screen:\n{self.text}"
-            self.read()
-
-    def expect(self, text: str) -> None:
-        self.until(lambda: text in self.text, repr(text))
-
-    def ready(self) -> None:
-        """The prompt stands at the bottom, empty."""
-        self.until(lambda: self.lines and self.lines[-1] == ">>>", "the prompt")
-
-    def type(self, keys: str) -> None:
-        self.process.send(keys)
-
-    def ask(self, line: str) -> None:
-        """Type a line, send it, and wait for the next prompt."""
-        self.ready()
-        count = self.text.count(">>>")
-        self.type(line + "\r")
-        self.until(lambda: self.text.count(">>>") > count and self.lines[-1] == ">>>", f"an end of {line!r}")
-
-    def leave(self) -> int:
-        """The exit status."""
-        self.until(lambda: not self.process.isalive(), "the end")
-        self.read()
-        self.process.close()
-        return self.process.exitstatus if self.process.exitstatus is not None else -self.process.signalstatus
 
 
 @pytest.fixture
@@ -104,7 +35,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     running: list[Terminal] = []
 
     def start(*arguments: str, **options: Any) -> Terminal:
-        running.append(Terminal(tmp_path, *arguments, **options))
+        running.append(Terminal(tmp_path, [str(_FAKE), "chat", *arguments], **options))
         return running[-1]
 
     yield start
@@ -350,6 +281,8 @@ def test_the_terminal_is_left_as_it_was(start: Start) -> None:
 def test_a_background_job_is_not_halted() -> None:
     """A job of a shell that writes to the terminal, but does not own the keyboard."""
     script = f"{sys.executable} {_FAKE} chat count & sleep 0.1; wait"
-    shell = pexpect.spawn("bash", ["-ic", script], env=dict(os.environ, PYTHONPATH=str(Path(hanlin.__file__).parents[1])))
-    shell.expect("0 1 2 3", timeout=_PATIENCE)
+    shell = pexpect.spawn(
+        "bash", ["-ic", script], env=dict(os.environ, PYTHONPATH=str(Path(hanlin.__file__).parents[1]))
+    )
+    shell.expect("0 1 2 3", timeout=60)
     shell.close(force=True)

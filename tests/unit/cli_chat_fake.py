@@ -1,6 +1,6 @@
 """A model that answers by rule, for tests of the chat verb; and a program that runs the command line with it.
 
-    python tests/unit/cli_chat_fake.py chat ...
+python tests/unit/cli_chat_fake.py chat ...
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def greet(name: str) -> str:
 class FakeLLM:
     """Knows these questions; anything else it says back.
 
-    count: numbers for ever, 50 a second. wait: nothing for a minute, and the file FAKE_LOG. boom: fails after a word. tool: a tool call.
-    markdown: all kinds of blocks. long: 200 lines. poem: Chinese. mute: nothing. context: how many messages came.
+    count: numbers for ever, 50 a second. wait: nothing for a minute, and the file FAKE_LOG. boom: fails after a word.
+    bug: fails otherwise. tool: a tool call. markdown, slow markdown: all kinds of blocks. long: 200 lines. full: as if
+    the context were full. mute: nothing. context: how many messages came.
     """
 
     name = "fake"

@@ -1,9 +1,10 @@
-"""Markdown on a terminal: nothing dropped, Chinese broken well, and painted piece by piece as if it had come at once."""
+"""Markdown on a terminal: nothing dropped, Chinese broken well, and pieces painted as if they had come at once."""
 
 from __future__ import annotations
 
 import io
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,7 +25,13 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def _console(width: int, height: int = 50, color: Any = None) -> Console:
     return Console(
-        file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=color, theme=THEME, _environ={}
+        file=io.StringIO(),
+        force_terminal=True,
+        width=width,
+        height=height,
+        color_system=color,
+        theme=THEME,
+        _environ={},
     )
 
 
@@ -145,7 +152,7 @@ def test_chinese_breaks_between_characters_but_not_before_punctuation() -> None:
 @given(st.text("ab 中文，。（）\u0301👩\u200d🚀-\t", max_size=60), st.integers(2, 20))
 def test_broken_lines_fit_and_lose_nothing(text: str, width: int) -> None:
     offsets = [0, *_breaks(text, width), len(text)]
-    parts = [text[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    parts = [text[a:b] for a, b in pairwise(offsets)]
     assert "".join(parts) == text
     assert all(sum(map(cell_len, part.rstrip(" "))) <= width for part in parts)
     assert all(part for part in parts[1:])
@@ -167,7 +174,7 @@ _BLOCK = st.one_of(
 def _replies(draw: st.DrawFn) -> list[str]:
     text = "\n\n".join(draw(st.lists(_BLOCK, min_size=1, max_size=4)))
     cuts = sorted({0, len(text), *draw(st.lists(st.integers(0, len(text)), max_size=12))})
-    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(cuts)]
 
 
 @settings(max_examples=60, deadline=None)

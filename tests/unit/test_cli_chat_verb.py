@@ -41,9 +41,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, dict[str, 
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loaded: object, tmp_path: Path
-) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loaded: object, tmp_path: Path) -> Run:
     """run(*arguments, stdin=bytes) -> (exit status, standard output, standard error)"""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
@@ -98,7 +96,19 @@ def test_a_word_that_names_a_model(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Why is the sky blue?", "hi", "你好", "", " ", "what is a .gguf", "/help me please", "x" * 5000, "a\0b", "~", "1/2 or 3/4?"],
+    [
+        "Why is the sky blue?",
+        "hi",
+        "你好",
+        "",
+        " ",
+        "what is a .gguf",
+        "/help me please",
+        "x" * 5000,
+        "a\0b",
+        "~",
+        "1/2 or 3/4?",
+    ],
 )
 def test_a_text_that_asks(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nonexistent")
@@ -137,12 +147,14 @@ def test_options_reach_sampling_and_loading(run: Run, loaded: list[Any]) -> None
     status, *_ = run(
         *"hello --system Sing. --temperature 0.2 --top-p 0.9 --top-k 5 --min-p 0.1 --max-tokens 9 --seed 4".split(),
         *"--repetition-penalty 1.2 --stop a --stop b --dtype float32 --device cpu --session-len 99 --threads 1".split(),
+        *"--weights int4 --kv-cache int8".split(),
         "--chat-template=chatml",
     )
     assert status == 0
     _, options, llm = loaded[-1]
     assert options == {
-        "dtype": "float32", "device": "cpu", "session_len": 99, "threads": 1, "chat_template": "chatml"
+        "dtype": "float32", "device": "cpu", "session_len": 99, "threads": 1, "chat_template": "chatml",
+        "weights": "int4", "kv_cache": "int8",
     }  # fmt: skip
     messages, sampling = llm.requests[-1]
     assert [m.content for m in messages] == ["Sing.", "hello"]
@@ -162,7 +174,7 @@ def test_every_loading_option_is_one_of_the_engines() -> None:
     from hanlin.options import EngineConfig
 
     known = {field.name for field in fields(EngineConfig)}
-    assert {"dtype", "device", "session_len", "threads", "chat_template"} <= known
+    assert {"dtype", "device", "weights", "kv_cache", "session_len", "threads", "chat_template"} <= known
 
 
 @pytest.mark.parametrize(
@@ -180,7 +192,9 @@ def test_every_loading_option_is_one_of_the_engines() -> None:
         (["hi", "--system", "\udcff"], "not UTF-8 at character 0"),
     ],
 )
-def test_wrong_use_is_told_before_a_model_is_loaded(run: Run, loaded: list[Any], arguments: list[str], said: str) -> None:
+def test_wrong_use_is_told_before_a_model_is_loaded(
+    run: Run, loaded: list[Any], arguments: list[str], said: str
+) -> None:
     status, out, err = run(*arguments)
     assert (status, out) == (2, "") and said in re.sub(r"[\s│]+", " ", err)
     assert loaded == []
@@ -320,7 +334,8 @@ def test_a_base_model_says_that_it_cannot_chat(run: Run, monkeypatch: pytest.Mon
 
 def test_help_needs_neither_torch_nor_the_terminal_libraries() -> None:
     code = (
-        "import sys\nfrom hanlin.cli.main import main\ntry:\n    main(['chat', '--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom hanlin.cli.main import main\n"
+        "try:\n    main(['chat', '--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'prompt_toolkit', 'numpy', 'huggingface_hub', 'hanlin.llm'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -69,6 +69,14 @@ def chat(
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_LOADING)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=_LOADING)] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, bfloat16, int8 or int4; on a CPU.", rich_help_panel=_LOADING),
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, bfloat16, int8 or int4; on a CPU.", rich_help_panel=_LOADING),
+    ] = None,
     session_len: Annotated[
         int | None, typer.Option(help="The longest conversation, in tokens.", rich_help_panel=_LOADING)
     ] = None,
@@ -108,6 +116,8 @@ def chat(
     held = {
         "dtype": dtype,
         "device": device,
+        "weights": weights,
+        "kv_cache": kv_cache,
         "session_len": session_len,
         "threads": threads,
         "chat_template": chat_template,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hanlin.cli.render import quiet_keys
 from hanlin.errors import DownloadError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def load(name: str | None, options: Mapping[str, Any], *, guessed: bool) -> LLM:
     """
     import hanlin
 
-    with _Waiting() as waiting:
+    with quiet_keys(), _Waiting() as waiting:
         open_model = hanlin.load  # the import of torch takes a moment
         waiting.clear()  # fetching shows its own progress
         try:
