@@ -47,7 +47,6 @@ class Repl:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             key_bindings=_bindings(),
-            enable_open_in_editor=True,
             reserve_space_for_menu=0,
         )
 
