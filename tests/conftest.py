@@ -12,6 +12,9 @@ from torch import nn
 
 from hanlin.models.registry import build, read_config
 
+# Tiny matrices gain nothing from threads, and a second test process beside loses much.
+torch.set_num_threads(1)
+
 TINY: dict[str, dict[str, Any]] = {
     "internlm2": {"model_type": "internlm2", "num_key_value_heads": 2, "bias": False, "rms_norm_eps": 1e-5},
     "internlm2-bias": {"model_type": "internlm2", "num_key_value_heads": 4, "bias": True},

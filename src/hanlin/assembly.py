@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hanlin.checkpoints.load import Loaded
+from hanlin.checkpoints.load import Loaded, load_model
 from hanlin.checkpoints.source import TensorInfo, open_source
 from hanlin.engine.engine import Engine, EngineLimits
 from hanlin.engine.lowering import Lowering
 from hanlin.engine.native import NativeRunner, native_block_bytes
 from hanlin.engine.runner import Runner, TorchRunner, kv_bytes
+from hanlin.engine.speculative import Drafter, ModelDrafter, PromptLookup
 from hanlin.errors import CapacityError, ChatFormatError, ConfigError, RequestError
 from hanlin.kernels.native import Context, unavailable_reason
 from hanlin.layers.rope import Rope, RopeConfig
@@ -24,7 +26,7 @@ from hanlin.options import EngineConfig, free_memory
 from hanlin.requests import RequestBuilder, stop_ids_of
 from hanlin.types import ChatFormat, SamplingParams, Tokenizer
 
-__all__ = ["Placement", "check_memory", "engine", "peak_memory", "place", "requests"]
+__all__ = ["Placement", "check_memory", "engine", "load", "peak_memory", "place", "requests"]
 
 # Without a word from the caller, a reply ends here rather than at the end of a context of 32K tokens.
 _DEFAULT_MAX_TOKENS = 1024
@@ -103,6 +105,23 @@ def _why_not_native(settings: EngineConfig, device: torch.device) -> str | None:
     return unavailable_reason()
 
 
+def load(path: Path, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Loaded:
+    """Read a model's files into the placement.
+
+    Raises:
+        CheckpointError, ConfigError: files that are broken or do not fit.
+        CapacityError: too little memory, before any of it is taken.
+    """
+    check_memory(path, placement)
+    return load_model(
+        path,
+        dtype=placement.dtype,
+        device=placement.device,
+        progress=progress,
+        taker=placement.taker if placement.context else None,
+    )
+
+
 def check_memory(path: Path, placement: Placement) -> None:
     """Raises:
     CapacityError: when the weights will not fit, with what they need, before any of it is taken.
@@ -161,20 +180,7 @@ def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: R
         else kv_bytes(loaded.config, placement.dtype.itemsize) * size
     )
     blocks = _blocks(settings, context, per_block)
-    runner: Runner
-    if lowering and placement.context:
-        runner = NativeRunner(
-            lowering,
-            loaded.config,
-            context=placement.context,
-            rope=rope,
-            blocks=blocks,
-            block_size=size,
-            kv_cache=placement.kv_cache,
-            max_tokens=settings.max_prefill_token_num,
-        )
-    else:
-        runner = TorchRunner(loaded.model, blocks=blocks, block_size=size, invariant=settings.deterministic)
+    runner = _runner(loaded, settings, placement, rope, blocks)
     limits = EngineLimits(
         blocks=blocks,
         block_size=size,
@@ -182,8 +188,45 @@ def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: R
         max_sequences=settings.places,
         max_step_tokens=settings.max_prefill_token_num,
         prefix_caching=settings.enable_prefix_caching,
+        step_seconds=settings.step_seconds,
     )
-    return Engine(runner, limits)
+    return Engine(runner, limits, _drafter(loaded, settings, limits))
+
+
+def _runner(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: RopeConfig, blocks: int) -> Runner:
+    size = settings.cache_block_seq_len
+    if placement.lowering is None or placement.context is None:
+        return TorchRunner(loaded.model, blocks=blocks, block_size=size, invariant=settings.deterministic)
+    return NativeRunner(
+        placement.lowering,
+        loaded.config,
+        context=placement.context,
+        rope=rope,
+        blocks=blocks,
+        block_size=size,
+        kv_cache=placement.kv_cache,
+        max_tokens=settings.max_prefill_token_num,
+    )
+
+
+def _drafter(loaded: Loaded, settings: EngineConfig, limits: EngineLimits) -> Drafter | None:
+    """Who guesses tokens: a small model, the text itself, or nobody."""
+    if settings.draft_model is None:
+        return PromptLookup() if settings.speculation == "auto" else None
+    from hanlin.hub import resolve
+
+    path = resolve(settings.draft_model).path
+    placement = place(settings)
+    small = load(path, placement)
+    if small.config.vocab_size != loaded.config.vocab_size:
+        raise ConfigError(
+            f"draft_model {settings.draft_model!r} has a vocabulary of {small.config.vocab_size}, "
+            f"the model one of {loaded.config.vocab_size}; they must be the same"
+        )
+    runner = _runner(small, settings, placement, small.config.rope, limits.blocks)
+    return ModelDrafter(
+        runner, blocks=limits.blocks, block_size=limits.block_size, max_tokens=settings.max_prefill_token_num
+    )
 
 
 def peak_memory() -> int:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hanlin import assembly
-from hanlin.checkpoints.load import Loaded, load_model
+from hanlin.checkpoints.load import Loaded
 from hanlin.engine.sequence import Sequence
 from hanlin.engine.thread import EngineThread
 from hanlin.options import EngineConfig
@@ -50,14 +50,7 @@ def load(
     settings = (config or EngineConfig()).override(**options)
     location = resolve(model, report=report)
     placement = assembly.place(settings)
-    assembly.check_memory(location.path, placement)
-    loaded = load_model(
-        location.path,
-        dtype=placement.dtype,
-        device=placement.device,
-        progress=progress,
-        taker=placement.taker if placement.context else None,
-    )
+    loaded = assembly.load(location.path, placement, progress)
     llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
     llm.load_seconds = time.perf_counter() - began
     return llm

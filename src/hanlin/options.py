@@ -32,6 +32,9 @@ class EngineConfig:
         kv_cache: auto (as `dtype`), float32, bfloat16, int8 or int4; on a CPU.
         quant_policy: LMDeploy's word for it: 8 and 4 are int8 and int4.
         runner: auto, native (the CPU library) or torch (any device, the reference).
+        speculation: auto guesses tokens from the text so far where that pays, off does not; the reply is the same.
+        draft_model: a small model of the same vocabulary to guess with, instead.
+        step_seconds: how long prompts may make a step last while others are being answered; 0 does not care.
         cache_max_entry_count: of the KV cache: a fraction of the free memory, or a number of blocks; None takes what
             `max_batch_size` short or a few long conversations need, and half of the free memory at most.
         cache_bytes: of the KV cache: its size in bytes, instead.
@@ -67,13 +70,22 @@ class EngineConfig:
     kv_cache: str = "auto"
     quant_policy: int = 0
     runner: str = "auto"
+    speculation: str = "auto"
+    draft_model: str | None = None
+    step_seconds: float = 0.25
     tp: int = 1
     use_logn_attn: bool = False
     model_format: str | None = None
 
     def __post_init__(self) -> None:
         found = []
-        for name, allowed in (("dtype", DTYPES), ("weights", WEIGHTS), ("kv_cache", WEIGHTS), ("runner", RUNNERS)):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("weights", WEIGHTS),
+            ("kv_cache", WEIGHTS),
+            ("runner", RUNNERS),
+            ("speculation", ("auto", "off")),
+        ):
             if getattr(self, name) not in allowed:
                 found.append(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.quant_policy not in (0, 4, 8):
@@ -97,6 +109,8 @@ class EngineConfig:
             found.append(f"cache_max_entry_count must be a fraction in (0, 1) or a number of blocks, not {entry!r}")
         if entry is not None and self.cache_bytes is not None:
             found.append("give cache_max_entry_count or cache_bytes, not both")
+        if type(self.step_seconds) not in (int, float) or not 0 <= self.step_seconds < math.inf:
+            found.append(f"step_seconds must be a number >= 0, not {self.step_seconds!r}")
         factor = self.rope_scaling_factor
         if type(factor) not in (int, float) or not (factor == 0 or 1 <= factor < math.inf):
             found.append(f"rope_scaling_factor must be 0 or >= 1, not {factor!r}")

@@ -17,6 +17,7 @@ from hanlin.engine.lowering import Lowering
 from hanlin.engine.native import NativeRunner
 from hanlin.engine.runner import TorchRunner
 from hanlin.engine.sequence import Sampled, Sequence
+from hanlin.engine.speculative import ModelDrafter, PromptLookup
 from hanlin.kernels.native import Context, available, unavailable_reason
 from hanlin.layers.attend import PackedAttend
 from hanlin.layers.rope import Positions
@@ -88,10 +89,24 @@ def request(prompt: list[int], sampling: SamplingParams, model: Any, **extra: An
     return Sequence(prompt=tuple(prompt), sampling=sampling, sink=Listener(), seed=7, rope_length=rope, **extra)
 
 
-def engine_of(model: Any, blocks: int = 64, make: Any = torch_runner, **limits: Any) -> Engine:
+class Oracle:
+    """A drafter that is right most of the time, and wrong in all ways."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.truth: dict[Sequence, list[int]] = {}
+
+    def propose(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            told = self.truth.get(sequence, [])[len(sequence.generated) :][: self.rng.integers(0, 6)]
+            sequence.draft = [t if self.rng.random() < 0.8 else int(self.rng.integers(0, 97)) for t in told]
+            sequence.draft += self.rng.integers(0, 97, self.rng.integers(0, 3)).tolist()
+
+
+def engine_of(model: Any, blocks: int = 64, make: Any = torch_runner, drafter: Any = None, **limits: Any) -> Engine:
     size = limits.pop("block_size", 16)
     runner = make(model, blocks, size)
-    return Engine(runner, EngineLimits(blocks=blocks, block_size=size, max_context=256, **limits))
+    return Engine(runner, EngineLimits(blocks=blocks, block_size=size, max_context=256, **limits), drafter)
 
 
 def answer(sequence: Sequence) -> tuple[Any, ...]:
@@ -166,6 +181,7 @@ def schedules(draw: Any) -> dict[str, Any]:
         "max_sequences": draw(st.integers(1, 5)),
         "prefix_caching": draw(st.booleans()),
         "tight": draw(st.booleans()),
+        "drafts": draw(st.booleans()),
     }
 
 
@@ -200,12 +216,18 @@ def test_one_request_one_answer(tiny: Any, runner: str, plan: dict[str, Any]) ->
         model,
         blocks=longest if plan["tight"] else 400 // size,
         make=make,
+        drafter=(oracle := Oracle(len(plan["requests"]))) if plan["drafts"] else None,
         block_size=size,
         max_step_tokens=plan["max_step_tokens"],
         max_sequences=plan["max_sequences"],
         prefix_caching=plan["prefix_caching"],
     )
     sequences = [request(r["prompt"], r["sampling"], model, salt=r["salt"]) for r in plan["requests"]]
+    if plan["drafts"]:
+        oracle.truth = {
+            s: [t.id for t in alone(model, r["prompt"], r["sampling"], make)[0]]
+            for r, s in zip(plan["requests"], sequences, strict=True)
+        }
     for step in range(3000):
         for r, sequence in zip(plan["requests"], sequences, strict=True):
             if r["arrives"] == step:
@@ -327,3 +349,40 @@ def test_threads_change_nothing(tiny: Any, weights: str) -> None:
         run(engine)
         got.add(answer(sequence))
     assert len(got) == 1
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0, max_tokens=60), SamplingParams(max_tokens=30)])
+def test_guessing_saves_steps_and_changes_nothing(tiny: Any, sampling: SamplingParams) -> None:
+    """Prompt lookup and a draft model (here the model itself, so that greedy guesses are right)."""
+    model = tiny("internlm2")
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5] * 3
+    want = alone(model, prompt, sampling)
+    small = ModelDrafter(torch_runner(model, 64, 16), blocks=64, block_size=16, max_tokens=20)
+    for drafter in (PromptLookup(), small):
+        engine = engine_of(model, drafter=drafter)
+        sequences = [request(prompt, sampling, model) for _ in range(2)]
+        for sequence in sequences:
+            engine.add(sequence)
+        run(engine)
+        assert [answer(sequence) for sequence in sequences] == [want, want]
+        if drafter is small and sampling.temperature == 0:
+            assert sequences[0].accepted > 30 and engine.steps < 40
+    assert small._blocks.free < 64
+    small.propose([])
+    assert small._blocks.free == 64
+
+
+def test_prompts_give_way_to_decoding(tiny: Any) -> None:
+    """With a latency target, a long prompt is cut so that steps stay short while somebody decodes."""
+    model = tiny("llama")
+    engine = engine_of(model, blocks=200, max_step_tokens=200, step_seconds=1e-9)
+    engine._pace.note(100, 1.0)
+    talker = request([1, 2, 3], SamplingParams(temperature=0, max_tokens=30), model)
+    engine.add(talker)
+    engine.step()
+    long = request(list(range(90)) * 2, SamplingParams(temperature=0, max_tokens=2), model)
+    engine.add(long)
+    engine.step()
+    assert 0 < long.computed <= 33
+    run(engine)
+    assert answer(long) == alone(model, list(long.prompt), long.sampling)

@@ -57,8 +57,8 @@ class Batch:
             lengths.append(np.full(count, sequence.rope_length, np.int64))
             if sequence.score_prompt:
                 rows.append(np.arange(starts[index], starts[index + 1]))
-            elif last == len(sequence):
-                rows.append(starts[index + 1 : index + 2] - 1)
+            elif last >= len(sequence):  # the last known token, and every guess behind it
+                rows.append(np.arange(starts[index + 1] - 1 - (last - len(sequence)), starts[index + 1]))
         rope = np.concatenate(lengths)
         return cls(
             ids=np.asarray(ids, np.int32),

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from hanlin.engine.batch import Batch
 from hanlin.engine.blocks import BlockManager
 from hanlin.engine.runner import Runner
-from hanlin.engine.sampler import logprob_of, sample
+from hanlin.engine.sampler import choose, logprob_of
 from hanlin.engine.scheduler import Scheduled, Scheduler
 from hanlin.engine.sequence import Sampled, Sequence
+from hanlin.engine.speculative import Drafter
 from hanlin.errors import ContextLengthError
 from hanlin.types import FinishReason
 
 __all__ = ["Engine", "EngineLimits"]
+
+_TELLING = 32  # tokens; the time of shorter steps is that of reading the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class EngineLimits:
         max_sequences: sequences in one step at most.
         max_step_tokens: tokens in one step at most (a bidirectional prefix may exceed it).
         prefix_caching: keep computed blocks for texts that start alike.
+        step_seconds: how long prompts may make a step last while somebody decodes; 0 does not look.
     """
 
     blocks: int
@@ -37,13 +41,33 @@ class EngineLimits:
     max_sequences: int = 64
     max_step_tokens: int = 2048
     prefix_caching: bool = True
+    step_seconds: float = 0.0
+
+
+class Pace:
+    """How many tokens a step can have in a given time, from the steps so far."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0  # of a token, in steps that are long enough to tell
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        if tokens >= _TELLING:
+            each = seconds / tokens
+            self._seconds = each if not self._seconds else 0.8 * self._seconds + 0.2 * each
+
+    def tokens_in(self, seconds: float) -> int | None:
+        """Tokens that fit; None while nothing is known or nothing is asked."""
+        return max(_TELLING, int(seconds / self._seconds)) if seconds and self._seconds else None
 
 
 class Engine:
     """Continuous batching over a runner. Not thread-safe: see `EngineThread`."""
 
-    def __init__(self, runner: Runner, limits: EngineLimits) -> None:
+    def __init__(self, runner: Runner, limits: EngineLimits, drafter: Drafter | None = None) -> None:
         self.runner = runner
+        self.drafter = drafter
+        self._pace = Pace()
         self.limits = limits
         self.blocks = BlockManager(limits.blocks, limits.block_size, caching=limits.prefix_caching)
         self.scheduler = Scheduler(
@@ -93,7 +117,12 @@ class Engine:
 
     def step(self) -> None:
         """Schedule, run, sample once, and tell the sinks."""
-        scheduled = self.scheduler.schedule()
+        if self.drafter:
+            decoding = [s for s in self.scheduler.running if s.remaining == 1]
+            for sequence in decoding:
+                sequence.draft = []
+            self.drafter.propose(decoding)
+        scheduled = self.scheduler.schedule(self._pace.tokens_in(self.limits.step_seconds))
         if not scheduled:
             return
         now = time.perf_counter()
@@ -101,6 +130,7 @@ class Engine:
             sequence.started = sequence.started or now
         batch = Batch.build(scheduled, self.limits.block_size)
         logits = self.runner.run(batch)
+        self._pace.note(len(batch.ids), time.perf_counter() - now)
         self.steps += 1
         self._advance(scheduled, logits)
 
@@ -114,23 +144,39 @@ class Engine:
         self.blocks.check_integrity([*self.scheduler.running, *self.scheduler.waiting])
 
     def _advance(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> None:
-        row, drawing, rows = 0, [], []
+        best = logits.argmax(-1) if len(logits) else np.zeros(0, np.int64)
+        row = 0
         for sequence, count in scheduled:
-            sequence.computed += count
-            self.blocks.register(sequence)
             if sequence.score_prompt:
+                sequence.computed += count
                 self._score(sequence, logits[row : row + count])
                 row += count
-            elif not sequence.remaining:
-                drawing.append(sequence)
-                rows.append(row)
-                row += 1
-        drawn = sample(logits if len(rows) == len(logits) else logits[rows], drawing)
-        for sequence, sampled in zip(drawing, drawn, strict=True):
-            if isinstance(sampled, Sampled):
-                self._append(sequence, sampled)
+            elif sequence.computed + count < len(sequence):
+                sequence.computed += count
+                self.blocks.register(sequence)
             else:
+                rows = 1 + len(sequence.draft)
+                self._draw(sequence, logits[row : row + rows], best[row : row + rows])
+                row += rows
+
+    def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: NDArray[np.int64]) -> None:
+        """Choose tokens row by row for as long as the draft had guessed them; each as if it were alone."""
+        draft, sequence.draft = sequence.draft, []
+        sequence.computed = len(sequence)
+        self.blocks.register(sequence)
+        sequence.proposed += len(draft)
+        for place, (row, top) in enumerate(zip(logits, best, strict=True)):
+            if place:  # the row before this one chose what was guessed, and the guess is computed
+                sequence.computed += 1
+                sequence.accepted += 1
+                self.blocks.register(sequence)
+            sampled = choose(row, sequence, int(top))
+            if not isinstance(sampled, Sampled):
                 self._fail(sequence, sampled)
+                return
+            self._append(sequence, sampled)
+            if sequence.finish_reason or place == len(draft) or sampled.id != draft[place]:
+                return
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         sampling, token = sequence.sampling, sampled.id

@@ -7,7 +7,6 @@ depends on (seed, place) alone: so a reply depends on its request alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as Rows
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +15,10 @@ from hanlin.engine.sequence import Sampled, Sequence
 from hanlin.errors import EngineError
 from hanlin.types import SamplingParams
 
-__all__ = ["logprob_of", "sample", "uniform"]
+__all__ = ["choose", "logprob_of", "uniform"]
 
 Row = NDArray[np.float32]
 Wide = NDArray[np.float64]
-
-
-def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[Sampled | EngineError]:
-    """One token for each row of logits (R, V); an error for a row whose logits are not numbers."""
-    best = logits.argmax(-1)
-    return [choose(row, sequence, int(top)) for row, sequence, top in zip(logits, sequences, best, strict=True)]
 
 
 def choose(row: Row, sequence: Sequence, best: int) -> Sampled | EngineError:

@@ -23,6 +23,7 @@ class Scheduler:
     """
 
     def __init__(self, blocks: BlockManager, *, max_sequences: int, max_step_tokens: int) -> None:
+        assert max_sequences >= 1 and max_step_tokens >= 1
         self.blocks = blocks
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
@@ -45,11 +46,16 @@ class Scheduler:
         self.blocks.release(sequence)
         sequence.status = Status.FINISHED
 
-    def schedule(self) -> Scheduled:
-        """Choose the next step: running sequences, oldest first, then new ones as blocks and places allow."""
+    def schedule(self, prompt_tokens: int | None = None) -> Scheduled:
+        """Choose the next step: running sequences, oldest first, then new ones as blocks and places allow.
+
+        While somebody decodes, all prompts together get `prompt_tokens` at most, so that he does not wait long.
+        """
         chosen: Scheduled = []
         budget = self.max_step_tokens
         decoding = sum(s.remaining == 1 for s in self.running)
+        if decoding and prompt_tokens is not None:
+            budget = min(budget, decoding + max(1, prompt_tokens))
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:  # preempted for an older one just now
                 continue
@@ -58,8 +64,12 @@ class Scheduler:
             # a long prompt leaves room for the younger ones that only decode
             tokens = self._tokens(sequence, budget if one else budget - decoding)
             if tokens and self._make_room(sequence, sequence.computed + tokens, chosen):
-                chosen.append((sequence, tokens))
                 budget -= tokens
+                if one:
+                    guesses = self._guesses(sequence, budget - decoding)
+                    budget -= guesses
+                    tokens += guesses
+                chosen.append((sequence, tokens))
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             newcomer = next((s for s in self.waiting if s.ready()), None)
             if newcomer is None or not self._admit(newcomer, budget):
@@ -77,6 +87,14 @@ class Scheduler:
             return whole if budget == self.max_step_tokens else 0
         limit = min(budget, _SCORED_ROWS) if sequence.score_prompt else budget
         return max(whole, min(sequence.remaining, limit))
+
+    def _guesses(self, sequence: Sequence, budget: int) -> int:
+        """How much of its draft a decoding sequence may check: never at the cost of anybody's blocks or budget."""
+        spare = self.blocks.free - len(self.running)
+        room = (len(sequence.blocks) + max(0, spare)) * self.blocks.size - len(sequence)
+        del sequence.draft[max(0, min(budget, room)) :]
+        self.blocks.extend(sequence, len(sequence) + len(sequence.draft))
+        return len(sequence.draft)
 
     def _admit(self, sequence: Sequence, budget: int) -> bool:
         if not sequence.blocks:
@@ -107,5 +125,6 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence)
         sequence.status = Status.WAITING
+        sequence.draft = []
         sequence.preemptions += 1
         self.waiting.appendleft(sequence)

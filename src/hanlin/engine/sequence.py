@@ -66,6 +66,8 @@ class Sequence:
         follows: start only after this one has computed its prompt, to find it in the cache.
         blocks: the pool's blocks that hold its keys and values.
         computed: tokens whose keys and values are in the pool.
+        draft: guesses at the next tokens, to be checked in the next step; never part of the text.
+        proposed, accepted: guesses checked so far, and those that were right.
     """
 
     prompt: tuple[int, ...]
@@ -87,6 +89,9 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     computed: int = 0
+    draft: list[int] = field(default_factory=list)
+    proposed: int = 0
+    accepted: int = 0
     cached: int = 0
     preemptions: int = 0
     finish_reason: FinishReason | None = None
@@ -111,13 +116,11 @@ class Sequence:
         return not self.score_prompt
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Known tokens start..stop."""
-        border = len(self.prompt)
-        if stop <= border:
-            return list(self.prompt[start:stop])
-        if start >= border:
-            return self.generated[start - border : stop - border]
-        return [*self.prompt[start:], *self.generated[: stop - border]]
+        """Tokens start..stop of the known ones and, behind them, of the draft."""
+        border, known = len(self.prompt), len(self)
+        out = list(self.prompt[start:stop]) if start < border else []
+        out += self.generated[max(0, start - border) : max(0, stop - border)]
+        return out + self.draft[max(0, start - known) : stop - known] if stop > known else out
 
     def ready(self) -> bool:
         """Whether it need not wait for the sequence that it follows."""
