@@ -278,6 +278,14 @@ def test_the_terminal_is_left_as_it_was(start: Start) -> None:
         assert chat.leave() == 128 + end
 
 
+def test_ctrl_c_while_the_model_loads(start: Start, tmp_path: Path) -> None:
+    chat = start(FAKE_LOADING=str(tmp_path / "loading"))
+    chat.until((tmp_path / "loading").exists, "the loading")
+    chat.type(CTRL_C)
+    assert chat.leave() == 130
+    assert "Traceback" not in chat.text and "^C" not in chat.text
+
+
 def test_a_background_job_is_not_halted() -> None:
     """A job of a shell that writes to the terminal, but does not own the keyboard."""
     script = f"{sys.executable} {_FAKE} chat count & sleep 0.1; wait"

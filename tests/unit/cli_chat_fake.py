@@ -140,6 +140,9 @@ def load(model: str | None = None, **options: Any) -> FakeLLM:
     """Stands in for `hanlin.load`."""
     if model is not None and "missing" in model:
         raise ModelNotFoundError(f"no model {model}")
+    if loading := os.environ.get("FAKE_LOADING"):
+        Path(loading).touch()
+        time.sleep(60)
     options.pop("progress")(1, 1)
     llm = FakeLLM()
     llm.context_length = int(os.environ.get("FAKE_CONTEXT", "1000"))
