@@ -14,9 +14,14 @@ from pathlib import Path
 
 from hanlin.kernels.native import library_path
 
-__all__ = ["build", "main"]
+__all__ = ["build", "build_directory", "main"]
 
 _ROOT = Path(__file__).resolve().parents[3]
+
+
+def build_directory(sanitize: str = "") -> Path:
+    """Where `build` compiles: one directory in the checkout for each choice of sanitizers."""
+    return _ROOT / "build" / "-".join(["native", *filter(None, sanitize.split(","))])
 
 
 def build(output: Path | None = None, *, sanitize: str = "") -> Path:
@@ -38,7 +43,7 @@ def build(output: Path | None = None, *, sanitize: str = "") -> Path:
     if cmake is None:
         raise FileNotFoundError("cmake is not installed. Run: pip install cmake ninja")
     output = output or library_path()
-    directory = _ROOT / "build" / ("native" if not sanitize else "native-" + sanitize.replace(",", "-"))
+    directory = build_directory(sanitize)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = [cmake, "-S", str(_ROOT), "-B", str(directory), *generator, f"-DHANLIN_SANITIZE={sanitize}"]
     for command in (configure, [cmake, "--build", str(directory), "--config", "Release", "--parallel"]):

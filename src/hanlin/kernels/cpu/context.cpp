@@ -3,7 +3,7 @@
 
 #if defined(_WIN32)
 #include <malloc.h>
-#else
+#elif !defined(__SANITIZE_ADDRESS__)
 #include <sys/mman.h>
 #endif
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t huge_page = int64_t{2} << 20;
+[[maybe_unused]] constexpr int64_t huge_page = int64_t{2} << 20;
 constexpr int32_t most_threads = 1024;
 
 }  // namespace
@@ -34,18 +34,30 @@ extern "C" void hl_close(hl_ctx* ctx) { delete ctx; }
 extern "C" const char* hl_isa_name(const hl_ctx* ctx) { return ctx->isa->name; }
 extern "C" int32_t hl_threads(const hl_ctx* ctx) { return ctx->pool.size(); }
 
-#if defined(_WIN32)
+#if defined(_WIN32) || defined(__SANITIZE_ADDRESS__)  // the sanitizer watches the ends of what malloc gives
 
 extern "C" int32_t hl_alloc(int64_t bytes, void** memory) {
   if (memory == nullptr || bytes < 0) return hl::fail(HL_ERR_ARGUMENT, "hl_alloc: bad arguments");
-  *memory = bytes == 0 ? nullptr : _aligned_malloc(static_cast<size_t>(bytes), 64);
-  if (bytes > 0 && *memory == nullptr)
-    return hl::fail(HL_ERR_MEMORY, "no %lld bytes of memory", static_cast<long long>(bytes));
-  if (bytes > 0) std::memset(*memory, 0, static_cast<size_t>(bytes));
+  *memory = nullptr;
+  if (bytes == 0) return HL_OK;
+#if defined(_WIN32)
+  *memory = _aligned_malloc(static_cast<size_t>(bytes), 64);
+#else
+  if (posix_memalign(memory, bytes >= huge_page / 2 ? huge_page : 64, static_cast<size_t>(bytes)) != 0)
+    *memory = nullptr;
+#endif
+  if (*memory == nullptr) return hl::fail(HL_ERR_MEMORY, "no %lld bytes of memory", static_cast<long long>(bytes));
+  std::memset(*memory, 0, static_cast<size_t>(bytes));
   return HL_OK;
 }
 
-extern "C" void hl_free(void* memory, int64_t) { _aligned_free(memory); }
+extern "C" void hl_free(void* memory, int64_t) {
+#if defined(_WIN32)
+  _aligned_free(memory);
+#else
+  free(memory);
+#endif
+}
 
 #else
 
