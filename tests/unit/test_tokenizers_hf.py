@@ -182,6 +182,8 @@ def broken() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"decoder": None}, "decoder none"
     yield {"decoder": {"type": "WordPiece"}}, "WordPiece"
     yield {"decoder": {"type": "Sequence", "decoders": [{"type": "CTC"}]}}, "CTC"
+    yield {"decoder": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": ""}}, "'Regex'"
+    yield {"decoder": {"type": "Replace", "pattern": {"String": ""}, "content": "-"}}, "'String'"
     yield {"post_processor": {"type": "BertProcessing"}}, "BertProcessing"
     yield {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x"}}]}}, "'x'"
     yield (

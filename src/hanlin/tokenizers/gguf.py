@@ -156,6 +156,7 @@ def _byte_level(keys: _Keys, tokens: list[str], kinds: list[int]) -> BaseTokeniz
     specials = keys.specials(len(tokens), bos=None, eos=None, unk=None, add_bos=words.add_bos)
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
+        # A token that stands twice has its first id; the other, which no text can mean, decodes to nothing.
         ids.setdefault(token, i)
     for merge in merges:
         left, space, right = merge.partition(" ")

@@ -104,13 +104,16 @@ class _Decoder:
         self.byte_level = "ByteLevel" in kinds
         self._fallback = "ByteFallback" in kinds
         self._alphabet = _byte_alphabet() if self.byte_level else {}
-        self._replace = [
-            (str(step["pattern"].get("String", "")), str(step.get("content", "")))
-            for step in steps
-            if step.get("type") == "Replace" and isinstance(step.get("pattern"), dict)
-        ]
-        if "Metaspace" in kinds:
-            self._replace.append(("▁", " "))
+        self._replace = [("▁", " ")] if "Metaspace" in kinds else []
+        for step in steps:
+            if step.get("type") == "Replace":
+                pattern, content = step.get("pattern"), step.get("content")
+                old = pattern.get("String") if isinstance(pattern, dict) else None
+                if not isinstance(old, str) or not old or not isinstance(content, str):
+                    raise TokenizerError(
+                        f"{name}: decoder Replace needs a pattern that is a string, not {pattern!r:.60}"
+                    )
+                self._replace.append((old, content))
         prefixed = any(
             (step.get("type") == "Strip" and step.get("content") == " " and step.get("start"))
             or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
@@ -158,7 +161,7 @@ class _Content:
 
 
 def _checked(data: Mapping[str, Any], name: str) -> _Content:
-    model = data.get("model") if isinstance(data, Mapping) else None
+    model = data.get("model")
     found: list[str] = []
     vocabulary: dict[str, int] = {}
     if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping):
@@ -176,14 +179,14 @@ def _checked(data: Mapping[str, Any], name: str) -> _Content:
         if marks:
             found.append(f"{' and '.join(marks)} are not supported")
     added: list[AddedToken] = []
-    entries = data.get("added_tokens") or [] if isinstance(data, Mapping) else []
+    entries = data.get("added_tokens") or []
     for entry in entries if isinstance(entries, list) else [entries]:
         content = entry.get("content") if isinstance(entry, Mapping) else None
         if not isinstance(content, str) or not content or not _is_id(entry.get("id")):
             found.append(f"an added token must have 'content' and an 'id' in 0..{MAX_ID - 1}, not {str(entry)[:80]}")
         else:
             added.append(AddedToken(id=entry["id"], content=content, special=entry.get("special") is True))
-    prefix, suffix = _around(data.get("post_processor") if isinstance(data, Mapping) else None, found)
+    prefix, suffix = _around(data.get("post_processor"), found)
     if found:
         raise TokenizerError(problems(name, found, "Fetch the file again, or use the model's tokenizer.model."))
     return _Content(vocabulary=vocabulary, added=added, prefix=prefix, suffix=suffix)
