@@ -90,7 +90,7 @@ def main() -> None:
     report.write(
         "engine",
         "Many prompts at once, and memory",
-        f"The default model, {args.prompts} chat prompts, {args.tokens} greedy tokens each; every column a process of its own. "
+        f"The default model, {args.prompts} chat prompts, {args.tokens} greedy tokens each; a process a column. "
         "Memory bandwidth beside: " + f"{report.read_bandwidth():.0f} GB/s read.",
         report.table(head, body),
     )

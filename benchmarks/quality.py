@@ -58,14 +58,17 @@ def questions(data: Path, count: int) -> Iterator[tuple[str, list[str], int]]:
 
 
 def arc(llm: hanlin.LLM, rows: list[tuple[str, list[str], int]]) -> float:
-    """Share of questions whose right answer is the likeliest continuation per character, as SmolLM2's card scores it."""
+    """Share of questions whose right answer is likeliest per character, as SmolLM2's card scores it."""
     prompts, spans = [], []
     for question, choices, _ in rows:
         start = llm.tokenizer.encode(f"Question: {question}\nAnswer:")
         for choice in choices:
             prompts.append([*start, *llm.tokenizer.encode(" " + choice)])
             spans.append((len(start), len(choice)))
-    values = [sum(v or 0.0 for v in s.logprobs[first:]) / size for s, (first, size) in zip(llm.score(prompts), spans)]
+    values = [
+        sum(v or 0.0 for v in s.logprobs[first:]) / size
+        for s, (first, size) in zip(llm.score(prompts), spans, strict=True)
+    ]
     right, place = 0, 0
     for _, choices, answer in rows:
         own = values[place : place + len(choices)]
@@ -96,7 +99,7 @@ def main() -> None:
             )
             share = arc(llm, asked)
         base = base or losses
-        change = [100 * math.expm1(loss - first) for loss, first in zip(losses, base)]
+        change = [100 * math.expm1(loss - first) for loss, first in zip(losses, base, strict=True)]
         rows.append(
             [
                 name,
@@ -112,9 +115,9 @@ def main() -> None:
     report.write(
         "quality",
         "What each kind costs in quality",
-        f"SmolLM2-135M-Instruct out of its Q4_1 file. Perplexity over {args.tokens:,} tokens of WikiText-2 (test) and of Chinese "
-        f"Wikipedia (UD GSDSimp), windows of {WINDOW}; {len(asked)} ARC questions (one standard deviation of such a share "
-        f"is {noise:.1f} points). int4 of this file is lossless, for it was 4-bit with groups of 32 already.",
+        f"SmolLM2-135M-Instruct out of its Q4_1 file. Perplexity over {args.tokens:,} tokens of WikiText-2 and of Chinese "
+        f"Wikipedia (UD GSDSimp), windows of {WINDOW}; {len(asked)} ARC questions (standard deviation "
+        f"{noise:.1f} points). int4 of this file is lossless, for it was 4-bit with groups of 32 already.",
         report.table(["kind", "English", "change", "Chinese", "change", "ARC"], rows),
     )
 
