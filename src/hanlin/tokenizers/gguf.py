@@ -39,14 +39,13 @@ def _words() -> dict[str, _Words]:
     gpt2 = _Words(patterns=(_GPT2,))
     digits = _Words(patterns=(r"\p{N}", _GPT2))
     llama3 = _Words(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True)
-    qwen2 = _Words(patterns=(_QWEN2,), nfc=True)
     return {
         "default": default,
         **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), gpt2),
         **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), digits),
         **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), llama3),
         **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _Words(patterns=(_LLAMA3,))),
-        **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), qwen2),
+        "qwen2": _Words(patterns=(_QWEN2,), nfc=True),
     }
 
 
