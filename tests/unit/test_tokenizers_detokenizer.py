@@ -28,9 +28,7 @@ def with_prefix() -> BaseTokenizer:
     return SentencePieceTokenizer(tiny_spm(dummy_prefix=True))
 
 
-@pytest.fixture(
-    scope="module", params=[internlm2, with_prefix, byte_level], ids=["spm", "llama", "bpe"]
-)
+@pytest.fixture(scope="module", params=[internlm2, with_prefix, byte_level], ids=["spm", "llama", "bpe"])
 def tokenizer(request: pytest.FixtureRequest) -> BaseTokenizer:
     return request.param()  # type: ignore[no-any-return]
 
