@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from chat_samples import ByteTokenizer
 
-from hanlin.chat import with_default_system
+from chat_samples import ByteTokenizer
 from hanlin.chat.internlm2 import INTERPRETER_PROMPT, META_INSTRUCTION, InternLM2Format
 from hanlin.errors import ChatFormatError
 from hanlin.types import ChatFormat, Message, Rendered, Tool, ToolCall
@@ -66,12 +65,10 @@ def test_plain_turns_equal_the_released_template(chat: InternLM2Format, tokenize
     assert prompted.ids.count(tokenizer.bos_id) == 1
 
 
-def test_render_adds_no_system_turn_but_the_caller_can(chat: InternLM2Format, tokenizer: ByteTokenizer) -> None:
+def test_render_adds_no_system_turn(chat: InternLM2Format, tokenizer: ByteTokenizer) -> None:
     assert "system" not in text(tokenizer, chat.render([user("a")]))
-    turns = with_default_system([user("a")], chat)
-    assert text(tokenizer, chat.render(turns)).startswith(f"<s><|im_start|>system\n{META_INSTRUCTION}<|im_end|>\n")
-    own = [Message(role="system", content=""), user("a")]
-    assert with_default_system(own, chat) == own
+    given = chat.render([Message(role="system", content=META_INSTRUCTION), user("a")])
+    assert text(tokenizer, given).startswith(f"<s><|im_start|>system\n{META_INSTRUCTION}<|im_end|>\n<|im_start|>user")
 
 
 def test_a_checkpoints_own_default_system_prompt_is_its_templates(tokenizer: ByteTokenizer) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from chat_samples import INTERNLM2_TOKENS, ByteTokenizer, parse
 
+from chat_samples import INTERNLM2_TOKENS, ByteTokenizer, parse
 from hanlin.chat.chatml import ChatMLFormat
 from hanlin.chat.internlm2 import InternLM2Format
 from hanlin.types import Message, Tool, ToolCall
@@ -47,7 +47,7 @@ def test_half_a_character_is_held_back(tokenizer: ByteTokenizer) -> None:
 def test_stop_tokens_are_never_shown(tokenizer: ByteTokenizer, tools: tuple[Tool, ...], skip: bool) -> None:
     """Pain 24: the end of turn was printed, or skipped as a special token so that nothing stopped."""
     for chat in (InternLM2Format(tokenizer), ChatMLFormat(tokenizer)):
-        reply = ids(tokenizer, "Hi<|im_end|>") + [tokenizer.eos_id]
+        reply = ids(tokenizer, "Hi<|im_end|></s>")
         assert parse(chat.parser(tools, skip_special=skip), reply)[0] == "Hi"
         assert set(chat.stop_ids) == {tokenizer.token_id("<|im_end|>"), tokenizer.eos_id}
 

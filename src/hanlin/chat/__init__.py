@@ -1,6 +1,5 @@
 """How families write conversations: one format a file, found by `chat_format_for`."""
 
-from hanlin.chat.base import with_default_system
 from hanlin.chat.registry import chat_format_for, list_formats
 
-__all__ = ["chat_format_for", "list_formats", "with_default_system"]
+__all__ = ["chat_format_for", "list_formats"]

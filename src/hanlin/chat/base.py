@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hanlin.errors import ChatFormatError, problems
-from hanlin.types import ROLES, ChatFormat, Message, Rendered, Tokenizer
+from hanlin.types import ROLES, Message, Rendered, Tokenizer
 
-__all__ = ["Writer", "checked", "special_ids", "with_default_system"]
+__all__ = ["Writer", "checked", "special_ids"]
 
 MAX_NAME = 256
-
-
-def with_default_system(messages: Iterable[Message], chat_format: ChatFormat) -> list[Message]:
-    """The messages, with the format's default system prompt in front when they hold no system message at all.
-
-    `render` never adds `default_system` itself: whether an empty conversation gets it is the caller's choice (the model
-    card's `chat()` and LMDeploy's `pipeline` add it, `apply_chat_template` does not).
-    """
-    turns = list(messages)
-    if chat_format.default_system and not any(turn.role == "system" for turn in turns):
-        turns.insert(0, Message(role="system", content=chat_format.default_system))
-    return turns
 
 
 def checked(messages: Iterable[Message], format_name: str) -> list[Message]:

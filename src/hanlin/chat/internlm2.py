@@ -51,8 +51,9 @@ class InternLM2Format:
     """`<|im_start|>{role}[ name={name}]\\n{content}<|im_end|>\\n`, BOS first, once.
 
     `render` writes the messages and tools it is given, and no system turn beside them: it equals the released chat
-    template. `default_system` is the instruction that the model card's `chat()` puts in front; `with_default_system`
-    adds it. `template_system` is for checkpoints whose own template puts another one in front.
+    template. `default_system` is the instruction that the model card's `chat()` puts in front of a conversation without
+    one, and whether to do so is the caller's choice. `template_system` is for checkpoints whose own template puts
+    another one in front, as `render` then does.
 
     Tools follow the leading system turns, the interpreter before the plugins. Tool results are environment turns,
     named after the kind of the call that they answer. In system and tool turns the names `plugin` and `interpreter`

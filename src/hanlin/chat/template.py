@@ -17,7 +17,7 @@ import bisect
 import itertools
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hanlin.chat.base import Writer, checked
@@ -31,9 +31,13 @@ __all__ = ["TemplateFormat", "print_template", "sees_tools"]
 
 # Two private-use planes: 15 for the characters of messages, 16 for the special tokens taken out of them.
 MASK, LAST_MASK, ESCAPE, LAST_ESCAPE = 0xF0000, 0xFFFFD, 0x100000, 0x10FFFD
+ESCAPES = re.compile("[\U00100000-\U0010ffff]")
 MASKED = re.compile("[\U000f0000-\U000ffffd]")
+MASKED_RUN = re.compile("[\U000f0000-\U000ffffd]+")
+REPEATED = re.compile(r"(.)\1*", re.DOTALL)
 UNMASKED = re.compile("[^\U000f0000-\U000ffffd]+")
-KEPT = re.compile(r'[^\x00-\x1f"\\\x85\u2028\u2029]')  # what is masked: all but what JSON and line splitting look at
+# What is masked: all but what JSON and the splitting of lines look at.
+MASKABLE = re.compile(r'[^\x00-\x1f"\\\x85\u2028\u2029]+')
 SCHEMA_WORDS = frozenset(
     "additionalProperties allOf anyOf array boolean const default description enum format integer items maximum "
     "minimum name null number object oneOf parameters properties required string title type".split()
@@ -136,7 +140,7 @@ class TemplateFormat:
 
         def look(text: str, turn: int | None) -> str:
             found.update(self._special.findall(text))
-            used.update(character for character in text if ord(character) >= ESCAPE)
+            used.update(ESCAPES.findall(text))
             return text
 
         _conversation(turns, look)
@@ -225,26 +229,34 @@ class _Masks:
     def __init__(self, escape: Leaf) -> None:
         self._escape = escape
         self._masks: dict[tuple[int | None, str], str] = {}
+        self._ends: dict[str, tuple[str, str]] = {}
 
     def __call__(self, text: str, turn: int | None) -> str:
         text = self._escape(text, turn)
-        if turn is None and text in SCHEMA_WORDS:
+        inner = text.strip()
+        if not inner or (turn is None and text in SCHEMA_WORDS):
             return text
         mask = self._masks.setdefault((turn, text), chr(MASK + len(self._masks)))
         if ord(mask) > LAST_MASK:
             raise ChatFormatError("the conversation has too many messages, tools and arguments for a chat template")
-        inner = text.strip()
-        return text.replace(inner, KEPT.sub(mask, inner), 1) if inner else text
+        masked = MASKABLE.sub(lambda match: mask * len(match.group()), inner)
+        if mask not in masked:
+            masked = mask * len(inner)
+        self._ends[mask] = masked[: masked.index(mask)], masked[masked.rindex(mask) + 1 :]
+        return text.replace(inner, masked, 1)
 
     def places(self, shadow: str) -> dict[int, _Span]:
-        """Where the text of each turn is printed."""
+        """Where the text of each turn is printed, with the kept characters at its ends."""
         turns = {mask: turn for (turn, _), mask in self._masks.items() if turn is not None}
         places: dict[int, _Span] = {}
-        for match in re.finditer(f"([{chr(MASK)}-{chr(LAST_MASK)}])\\1*", shadow):
-            turn = turns.get(match.group(1))
+        for start, end in _same_characters(shadow):
+            mask = shadow[start]
+            turn = turns.get(mask)
             if turn is not None:
-                start = places[turn].start if turn in places else match.start()
-                places[turn] = _Span(start, match.end())
+                head, tail = self._ends[mask]
+                start -= len(head) * shadow.endswith(head, 0, start)
+                end += len(tail) * shadow.startswith(tail, end)
+                places[turn] = _Span(min(start, places[turn].start) if turn in places else start, end)
         return places
 
 
@@ -332,6 +344,17 @@ def _leaves(value: object, turn: int | None, leaf: Leaf) -> Any:
     if isinstance(value, (list, tuple)):
         return [_leaves(item, turn, leaf) for item in value]
     return value
+
+
+def _same_characters(shadow: str) -> Iterator[tuple[int, int]]:
+    """The runs of one masking character."""
+    for run in MASKED_RUN.finditer(shadow):
+        start, end = run.span()
+        if shadow.count(shadow[start], start, end) == end - start:
+            yield start, end
+        else:  # texts printed side by side
+            for same in REPEATED.finditer(shadow, start, end):
+                yield same.span()
 
 
 def _in_step(text: str, shadow: str) -> bool:
