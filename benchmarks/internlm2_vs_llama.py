@@ -1,6 +1,6 @@
 """InternLM2 logits against Transformers' Llama on the same weights, which shows that the two are one architecture.
 
-    python benchmarks/internlm2_vs_llama.py [--write benchmarks/results/DATE-internlm2-vs-llama.md]
+    python benchmarks/internlm2_vs_llama.py
 
 Weights are random, float32. Three ways through our module are compared: packed sequences as the engine scores them, the
 Transformers class on one row, and the Transformers class on a batch padded on the left.
@@ -8,11 +8,9 @@ Transformers class on one row, and the Transformers class on a batch padded on t
 
 from __future__ import annotations
 
-import argparse
 import copy
-import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,8 +143,8 @@ class Difference:
 def measure(case: Case) -> Difference:
     """Compare on three sequences of different lengths.
 
-    Each is given alone to a Llama that has seen nothing yet: its dynamic scaling takes the length of the longest row of a
-    batch for all of them, and of a longer text that it saw before. Ours goes by each sequence's own.
+    Each is given alone to a Llama that has seen nothing yet: its dynamic scaling takes the length of the longest row
+    of a batch for all of them, and of a longer text that it saw before. Ours goes by each sequence's own.
     """
     generator = torch.Generator().manual_seed(0)
     ours = InternLM2ForCausalLM(case.internlm2()).eval()
@@ -185,40 +183,27 @@ def measure(case: Case) -> Difference:
     return Difference(packed=difference(packed), row=difference(rows), padded=difference(padded), largest=largest)
 
 
-def table() -> tuple[str, float]:
-    """A Markdown table of all cases, and the worst difference."""
-    lines = [
-        "| case | H / KV / K | layers | longest sequence / trained | packed | one row | padded batch | largest logit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    worst = 0.0
+def rows() -> Iterator[tuple[object, ...]]:
+    """One row of the table a case."""
     for case in CASES:
         found = measure(case)
-        worst = max(worst, found.worst)
         shape = f"{case.heads} / {case.heads // case.group} / {case.size}"
-        lines.append(
-            f"| {case.name} | {shape} | {case.layers} | {case.length} / {case.trained} | {found.packed:.1e} | "
-            f"{found.row:.1e} | {found.padded:.1e} | {found.largest:.1f} |"
-        )
-    return "\n".join(lines), worst
+        figures = (f"{value:.1e}" for value in (found.packed, found.row, found.padded))
+        yield (case.name, shape, case.layers, f"{case.length} / {case.trained}", *figures, f"{found.largest:.1f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
-    arguments = parser.parse_args()
-    rows, worst = table()
-    print(rows)
-    print(f"\nworst: {worst:.1e}, allowed: {LIMIT:.0e}")
-    if arguments.write:
-        arguments.write.write_text(
-            "# InternLM2 against Transformers' Llama on the same weights\n\n"
-            "Largest absolute difference of logits, float32, random weights (`benchmarks/internlm2_vs_llama.py`).\n"
-            f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
-            f"{torch.get_num_threads()} threads. Worst: {worst:.1e}; allowed: {LIMIT:.0e}.\n\n" + rows + "\n"
-        )
-    if worst > LIMIT:
-        raise SystemExit(1)
+    import report
+
+    head = "case, H / KV / K, layers, longest / trained, packed, one row, padded batch, largest logit".split(", ")
+    report.write(
+        "internlm2-vs-llama",
+        "InternLM2 against Transformers' Llama on the same weights",
+        f"Largest absolute difference of logits, float32, random weights; allowed is {LIMIT:.0e}. Held by "
+        f"tests/golden/test_internlm2_vs_llama.py. transformers {transformers.__version__}, "
+        f"{torch.get_num_threads()} threads.",
+        report.table(head, rows()),
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""An InternLM2 directory as released: the real tokenizer, its configurations, random weights, and code that must not run."""
+"""An InternLM2 directory as released: real tokenizer, configurations, random weights, and code that must not run."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from hanlin.models.internlm2 import InternLM2ForCausalLM, read_config
+from hanlin.tokenizers.spm_model import SpmModel
 
 MARK = "CODE_WAS_RUN"
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer_internlm2.model"
+_SMALL = 1500
 
 SPECIALS = {
     0: "<unk>",
@@ -71,13 +76,13 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_config() -> dict[str, Any]:
+def tokenizer_config(specials: Mapping[int, str] = SPECIALS) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(i): {"content": content, **flags} for i, content in SPECIALS.items()},
-        "additional_special_tokens": [content for i, content in SPECIALS.items() if i > 2],
+        "added_tokens_decoder": {str(i): {"content": content, **flags} for i, content in specials.items()},
+        "additional_special_tokens": [content for i, content in specials.items() if i > 2],
         "auto_map": {
             "AutoTokenizer": [
                 "tokenization_internlm2.InternLM2Tokenizer",
@@ -101,8 +106,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def make_directory(path: Path, tokenizer_model: Path | None, **changes: Any) -> Path:
-    """Write the directory; `changes` go into its `config.json`."""
+def make_directory(path: Path, *, tokenizer: str = "whole", **changes: Any) -> Path:
+    """Write the directory; `changes` go into its `config.json`.
+
+    `tokenizer` is "whole", "none", or "small": the first pieces of the real one, which load fast. The model's
+    vocabulary is small too, unless it is "whole".
+    """
     path.mkdir(parents=True)
     bait = (
         f"import pathlib\npathlib.Path({str(path / MARK)!r}).touch()\nraise RuntimeError('code of the directory ran')\n"
@@ -112,12 +121,15 @@ def make_directory(path: Path, tokenizer_model: Path | None, **changes: Any) -> 
     (path / "tokenization_internlm2_fast.py").write_text(bait)
     (path / "custom_generate").mkdir()
     (path / "custom_generate" / "generate.py").write_text(bait)
-    values = config(**changes)
+    values = config(**({"vocab_size": _SMALL} if tokenizer != "whole" else {}), **changes)
     write_json(path / "config.json", values)
     write_json(path / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, 92542], "pad_token_id": 2})
-    if tokenizer_model is not None:
-        shutil.copyfile(tokenizer_model, path / "tokenizer.model")
+    if tokenizer == "whole":
+        shutil.copyfile(TOKENIZER, path / "tokenizer.model")
         write_json(path / "tokenizer_config.json", tokenizer_config())
+    elif tokenizer == "small":
+        (path / "tokenizer.model").write_bytes(_small_tokenizer())
+        write_json(path / "tokenizer_config.json", small_tokenizer_config())
     model = InternLM2ForCausalLM(read_config(values))
     generator = torch.Generator().manual_seed(0)
     weights = {}
@@ -126,6 +138,16 @@ def make_directory(path: Path, tokenizer_model: Path | None, **changes: Any) -> 
         weights[name] = (1 + 0.1 * noise if "norm" in name else 0.3 * noise).bfloat16()
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def small_tokenizer_config() -> dict[str, Any]:
+    return tokenizer_config({i: content for i, content in SPECIALS.items() if i < _SMALL})
+
+
+def _small_tokenizer() -> bytes:
+    whole = SpmModel.parse(TOKENIZER.read_bytes(), TOKENIZER.name)
+    lists = {name: getattr(whole, name)[:_SMALL] for name in ("pieces", "scores", "kinds")}
+    return replace(whole, **lists).serialize()
 
 
 def code_ran(path: Path) -> bool:

@@ -53,8 +53,8 @@ class HanlinConfig(PreTrainedConfig):  # type: ignore[misc]
             ConfigError: naming all values that make no sense, and every unknown key that could change numbers.
         """
         common = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
-        values = {k: v for k, v in self.to_dict().items() if k not in common and k != "quantization_config"}
-        return self.read({"tie_word_embeddings": False, **values})
+        given = self.to_dict().items()
+        return self.read({k: v for k, v in given if v is not None and k not in common and k != "quantization_config"})
 
     def read(self, values: Mapping[str, Any]) -> DecoderConfig:
         """The family's own reading of a `config.json`."""
@@ -175,7 +175,8 @@ class HanlinModel(HanlinPreTrainedModel):
         """The lengths that fix the angles of dynamic RoPE, one a token; None where no sequence is that long.
 
         A sequence keeps the length of its prompt: keys already cached and new ones then fit together. (Transformers'
-        own models move the base with every token past the trained length.)
+        own models move the base with every token past the trained length.) Of a prompt that comes in chunks, only the
+        first is known when the angles are fixed.
         """
         config = self.rope.config
         if config.kind != "dynamic":

@@ -79,11 +79,11 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
-        if self._prompt:  # `generate` begins with the prompt
+        if self._prompt:  # `generate` begins with the prompt, once for each reply
+            if value.dim() > 1 and value.shape[0] > 1:
+                raise RequestError("stream_chat streams one reply; leave num_return_sequences at 1")
             self._prompt = False
             return
-        if value.dim() > 1 and value.shape[0] > 1:
-            raise RequestError("stream_chat streams one reply; leave num_return_sequences at 1")
         self._text(self._parser.push(value.reshape(-1).tolist()))
 
     def end(self) -> None:

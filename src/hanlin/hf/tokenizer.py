@@ -223,6 +223,12 @@ class FastSentencePiece(PreTrainedTokenizerFast):  # type: ignore[misc]
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         return _copy(self.vocab_file, save_directory, filename_prefix)
 
+    def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """`tokenizer.json`, and `tokenizer.model` for the slow class and for Hanlin's other rooms."""
+        files = super()._save_pretrained(save_directory, *args, **kwargs)
+        prefix = kwargs.get("filename_prefix")
+        return (*files, *(self.save_vocabulary(save_directory, prefix) if self.can_save_slow_tokenizer else ()))
+
 
 def _read(vocab_file: str | None, name: str) -> SpmModel:
     if vocab_file is None:
