@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hanlin.layers.activation import SwiGLU
 from hanlin.layers.attend import Attend
+from hanlin.layers.embedding import Embedding
 from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
 from hanlin.layers.rope import Positions, Rope, Rotation, rotate
@@ -116,7 +117,7 @@ class InternLM2Model(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rope = Rope(config.rope)

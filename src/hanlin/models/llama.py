@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hanlin.layers.activation import SwiGLU
 from hanlin.layers.attend import Attend
+from hanlin.layers.embedding import Embedding
 from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
 from hanlin.layers.rope import Positions, Rope, Rotation, rotate
@@ -130,7 +131,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rope = Rope(config.rope)
