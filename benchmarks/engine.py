@@ -14,6 +14,7 @@ from pathlib import Path
 import report
 
 import hanlin
+from hanlin.bench import read_bandwidth
 
 TOPICS = "the sea, bread, trains, winter, music, gardens, money, sleep".split(", ")
 
@@ -91,7 +92,7 @@ def main() -> None:
         "engine",
         "Many prompts at once, and memory",
         f"The default model, {args.prompts} chat prompts, {args.tokens} greedy tokens each; a process a column. "
-        "Memory bandwidth beside: " + f"{report.read_bandwidth():.0f} GB/s read.",
+        "Memory bandwidth beside: " + f"{read_bandwidth():.0f} GB/s read.",
         report.table(head, body),
     )
 
