@@ -205,8 +205,9 @@ HL_API int32_t hl_top(hl_ctx* ctx, const float* x, int64_t ldx, int64_t rows, in
  *
  *   HL_KV_F32    keys [P][16 slots]; values [16 slots][P] float
  *   HL_KV_BF16   keys [P/2][16 slots][2]; values [8 pairs of slots][P][2] bfloat16: what a bfloat16 dot product reads
- *   HL_KV_INT8   codes as bytes in the order of HL_KV_BF16; half scale[16], min[16] of keys, then of values
- *   HL_KV_INT4   the same in nibbles: of every two vectors of 32 codes that HL_KV_INT8 has, the first in low nibbles
+ *   HL_KV_INT8   keys [P/4][16 slots][4]; values [4 quads of slots][P][4] codes: what a byte dot product reads; then
+ *                half scale[16], min[16] of the keys, and the same of the values
+ *   HL_KV_INT4   as HL_KV_INT8, but of every two vectors of 64 codes the first has the low nibbles
  *
  * int8 and int4 are asymmetric per token and head: scale = (max - min) / 255 or 15, rounded up to float16; min rounded
  * to float16; code = floor((x - min) / scale + 0.5); x' = code * scale + min. So |x - x'| <= scale / 2 + |min| / 2048
@@ -270,12 +271,16 @@ typedef struct hl_step {
  * already. Reads tokens, sequences, max_blocks, query_start, context, block_table and prefix_len of a step. Query head
  * h reads kv head h / (heads / kv->heads).
  *
- * Arithmetic: HL_KV_F32 is float32 throughout; the other kinds round q, the weights of the softmax and dequantised keys
- * and values to bfloat16 where the CPU multiplies that ("avx512_bf16") and add up in float32, and are float32
- * elsewhere. Keys are taken HL_SPAN at a time from the sequence's first on; each span has a softmax of its own, and
- * spans are merged in order: so the bits depend neither on chunks nor on threads. (But for a sequence with NaN or
- * infinity among its own values: a token with one may spoil earlier tokens of the same sequence that are computed in
- * the same step. Other sequences it never reaches.) */
+ * Arithmetic, and its largest relative error (root mean square, against float64 on the stored keys and values):
+ * HL_KV_F32 is float32 (1e-6). HL_KV_BF16 rounds q and the weights of the softmax to bfloat16 and adds up in float32
+ * where the CPU multiplies bfloat16 (4e-3); elsewhere it is float32. HL_KV_INT8 and HL_KV_INT4 round q to 15 bits with a
+ * scale a row, and weights times the scales of their tokens to 14 bits with a scale a span; their products with codes
+ * are exact sums (5e-4).
+ *
+ * Keys are taken HL_SPAN at a time from the sequence's first on; each span has a softmax of its own, and spans are
+ * merged in order: so the bits depend neither on chunks nor on threads. (But for a sequence with NaN or infinity among
+ * its own values: a token with one may spoil earlier tokens of the same sequence that are computed in the same step.
+ * Other sequences it never reaches.) */
 #define HL_SPAN 256
 HL_API int32_t hl_attend(hl_ctx* ctx, const hl_kv* kv, const hl_step* step, int32_t heads, float scale, const float* q,
                          int64_t ldq, float* out, int64_t ldo);

@@ -7,7 +7,8 @@
 namespace hl {
 namespace {
 
-// Columns that one thread selects from at a time. Part of the definition of log_sum_exp's bits, so it never changes with threads or rows.
+// Columns that one thread selects from at a time. Part of the definition of log_sum_exp's bits, so it never changes
+// with threads or rows.
 constexpr int64_t top_columns = 8192;
 
 int64_t top_chunks(int64_t columns) { return (columns + top_columns - 1) / top_columns; }
@@ -48,9 +49,12 @@ void merge_top(const TopRows& what, int64_t row) {
   float top = -std::numeric_limits<float>::infinity(), total = 0;
   for (int64_t c = 0; c < chunks; c++) top = maximum(c) > top ? maximum(c) : top;
   for (int64_t c = 0; c < chunks; c++)
-    if (!(maximum(c) < top) || std::isnan(sum(c))) total += sum(c);
-    else if (maximum(c) > -std::numeric_limits<float>::infinity()) total += sum(c) * std::exp(maximum(c) - top);
-  what.log_sum_exp[row] = top > -std::numeric_limits<float>::infinity() || std::isnan(total) ? top + std::log(total) : top;
+    if (!(maximum(c) < top) || std::isnan(sum(c)))
+      total += sum(c);
+    else if (maximum(c) > -std::numeric_limits<float>::infinity())
+      total += sum(c) * std::exp(maximum(c) - top);
+  what.log_sum_exp[row] =
+      top > -std::numeric_limits<float>::infinity() || std::isnan(total) ? top + std::log(total) : top;
 }
 
 }  // namespace
@@ -58,7 +62,9 @@ void merge_top(const TopRows& what, int64_t row) {
 const char* rope_problem(int32_t style, int32_t head_size, int32_t rotary) {
   if (style < HL_ROPE_HALVES || style > HL_ROPE_QUARTERS) return "unknown style";
   if (rotary < 0 || rotary > head_size) return "rotary dimensions do not fit the head";
-  return rotary % (style == HL_ROPE_QUARTERS ? 4 : 2) == 0 ? nullptr : "rotary dimensions must come in pairs, or in fours for quarters";
+  return rotary % (style == HL_ROPE_QUARTERS ? 4 : 2) == 0
+             ? nullptr
+             : "rotary dimensions must come in pairs, or in fours for quarters";
 }
 
 int64_t top_scratch(int64_t rows, int64_t columns, int32_t k) { return rows * top_chunks(columns) * top_record(k); }
@@ -98,13 +104,15 @@ int32_t each_row(hl_ctx* ctx, int64_t rows, const Body& body) {
 }  // namespace
 }  // namespace hl
 
-extern "C" int32_t hl_norm(hl_ctx* ctx, int32_t kind, const float* x, int64_t ldx, int64_t rows, int64_t width, const float* gain,
-                           const float* bias, float eps, float* y, int64_t ldy) {
+extern "C" int32_t hl_norm(hl_ctx* ctx, int32_t kind, const float* x, int64_t ldx, int64_t rows, int64_t width,
+                           const float* gain, const float* bias, float eps, float* y, int64_t ldy) {
   if (ctx == nullptr || x == nullptr || y == nullptr) return hl::fail(HL_ERR_ARGUMENT, "norm: a null pointer");
   if (kind < HL_NORM_RMS || kind > HL_NORM_LAYER || rows < 0 || width < 1 || ldx < width || ldy < width || !(eps >= 0))
-    return hl::fail(HL_ERR_ARGUMENT, "norm: kind %d, %lld rows of %lld, ldx %lld, ldy %lld, eps %g", kind, static_cast<long long>(rows),
-                    static_cast<long long>(width), static_cast<long long>(ldx), static_cast<long long>(ldy), static_cast<double>(eps));
-  return hl::each_row(ctx, rows, [&](int64_t r) { ctx->isa->ops->norm(kind, x + r * ldx, width, gain, bias, eps, y + r * ldy); });
+    return hl::fail(HL_ERR_ARGUMENT, "norm: kind %d, %lld rows of %lld, ldx %lld, ldy %lld, eps %g", kind,
+                    static_cast<long long>(rows), static_cast<long long>(width), static_cast<long long>(ldx),
+                    static_cast<long long>(ldy), static_cast<double>(eps));
+  return hl::each_row(ctx, rows,
+                      [&](int64_t r) { ctx->isa->ops->norm(kind, x + r * ldx, width, gain, bias, eps, y + r * ldy); });
 }
 
 extern "C" int32_t hl_map(hl_ctx* ctx, int32_t function, const float* x, int64_t n, float* y) {
@@ -114,34 +122,45 @@ extern "C" int32_t hl_map(hl_ctx* ctx, int32_t function, const float* x, int64_t
   return hl::each_row(ctx, 1, [&](int64_t) { ctx->isa->ops->map(function, x, n, y); });
 }
 
-extern "C" int32_t hl_gate(hl_ctx* ctx, int32_t function, const float* x, int64_t ldx, int64_t rows, int64_t width, float* y, int64_t ldy) {
+extern "C" int32_t hl_gate(hl_ctx* ctx, int32_t function, const float* x, int64_t ldx, int64_t rows, int64_t width,
+                           float* y, int64_t ldy) {
   if (ctx == nullptr || x == nullptr || y == nullptr) return hl::fail(HL_ERR_ARGUMENT, "gate: a null pointer");
   if (function < HL_FN_SILU || function > HL_FN_GELU || rows < 0 || width < 1 || ldx < 2 * width || ldy < width)
-    return hl::fail(HL_ERR_ARGUMENT, "gate: function %d, %lld rows of %lld, ldx %lld, ldy %lld", function, static_cast<long long>(rows),
-                    static_cast<long long>(width), static_cast<long long>(ldx), static_cast<long long>(ldy));
-  return hl::each_row(ctx, rows, [&](int64_t r) { ctx->isa->ops->gate(function, x + r * ldx, x + r * ldx + width, width, y + r * ldy); });
-}
-
-extern "C" int32_t hl_rope(hl_ctx* ctx, int32_t style, float* x, int64_t ldx, int64_t tokens, int32_t heads, int32_t head_size,
-                           int32_t rotary, const float* cos, const float* sin) {
-  if (ctx == nullptr || x == nullptr || cos == nullptr || sin == nullptr) return hl::fail(HL_ERR_ARGUMENT, "rope: a null pointer");
-  if (const char* problem = hl::rope_problem(style, head_size, rotary)) return hl::fail(HL_ERR_ARGUMENT, "rope: %s", problem);
-  if (tokens < 0 || heads < 1 || ldx < int64_t{heads} * head_size) return hl::fail(HL_ERR_ARGUMENT, "rope: rows are too short");
-  return hl::each_row(ctx, tokens, [&](int64_t t) {
-    for (int32_t h = 0; h < heads; h++)
-      ctx->isa->ops->rope(style, x + t * ldx + int64_t{h} * head_size, rotary, cos + t * (rotary / 2), sin + t * (rotary / 2));
+    return hl::fail(HL_ERR_ARGUMENT, "gate: function %d, %lld rows of %lld, ldx %lld, ldy %lld", function,
+                    static_cast<long long>(rows), static_cast<long long>(width), static_cast<long long>(ldx),
+                    static_cast<long long>(ldy));
+  return hl::each_row(ctx, rows, [&](int64_t r) {
+    ctx->isa->ops->gate(function, x + r * ldx, x + r * ldx + width, width, y + r * ldy);
   });
 }
 
-extern "C" int32_t hl_top(hl_ctx* ctx, const float* x, int64_t ldx, int64_t rows, int64_t columns, int32_t k, float* values, int32_t* ids,
-                          float* log_sum_exp) {
-  if (ctx == nullptr || x == nullptr || (k > 0 && (values == nullptr || ids == nullptr))) return hl::fail(HL_ERR_ARGUMENT, "top: a null pointer");
+extern "C" int32_t hl_rope(hl_ctx* ctx, int32_t style, float* x, int64_t ldx, int64_t tokens, int32_t heads,
+                           int32_t head_size, int32_t rotary, const float* cos, const float* sin) {
+  if (ctx == nullptr || x == nullptr || cos == nullptr || sin == nullptr)
+    return hl::fail(HL_ERR_ARGUMENT, "rope: a null pointer");
+  if (const char* problem = hl::rope_problem(style, head_size, rotary))
+    return hl::fail(HL_ERR_ARGUMENT, "rope: %s", problem);
+  if (tokens < 0 || heads < 1 || ldx < int64_t{heads} * head_size)
+    return hl::fail(HL_ERR_ARGUMENT, "rope: rows are too short");
+  return hl::each_row(ctx, tokens, [&](int64_t t) {
+    for (int32_t h = 0; h < heads; h++)
+      ctx->isa->ops->rope(style, x + t * ldx + int64_t{h} * head_size, rotary, cos + t * (rotary / 2),
+                          sin + t * (rotary / 2));
+  });
+}
+
+extern "C" int32_t hl_top(hl_ctx* ctx, const float* x, int64_t ldx, int64_t rows, int64_t columns, int32_t k,
+                          float* values, int32_t* ids, float* log_sum_exp) {
+  if (ctx == nullptr || x == nullptr || (k > 0 && (values == nullptr || ids == nullptr)))
+    return hl::fail(HL_ERR_ARGUMENT, "top: a null pointer");
   if (rows < 0 || columns < 1 || columns > INT32_MAX || ldx < columns || k < 0 || k > columns || k > HL_MOST_TOP)
-    return hl::fail(HL_ERR_ARGUMENT, "top: %d of %lld rows of %lld, ldx %lld; at most %d", k, static_cast<long long>(rows),
-                    static_cast<long long>(columns), static_cast<long long>(ldx), HL_MOST_TOP);
+    return hl::fail(HL_ERR_ARGUMENT, "top: %d of %lld rows of %lld, ldx %lld; at most %d", k,
+                    static_cast<long long>(rows), static_cast<long long>(columns), static_cast<long long>(ldx),
+                    HL_MOST_TOP);
   return hl::guarded([&]() -> int32_t {
     std::lock_guard<std::mutex> lock(ctx->busy);
-    const hl::TopRows what = {x, ldx, rows, columns, k, values, ids, log_sum_exp, ctx->scratch.reserve(hl::top_scratch(rows, columns, k))};
+    const hl::TopRows what = {
+        x, ldx, rows, columns, k, values, ids, log_sum_exp, ctx->scratch.reserve(hl::top_scratch(rows, columns, k))};
     ctx->pool.run([&](const hl::Team& team) { hl::top_rows(team, *ctx->isa->ops, what); });
     return HL_OK;
   });

@@ -9,7 +9,7 @@
 
 namespace hl {
 
-// ---- the pool's layout, see hl_kv ------------------------------------------------------------------------------
+// ---- the pool's layout, see hl_kv ----------------------------------------------------------------------------------
 
 static inline int64_t padded_head(int32_t head_size) { return (head_size + 31) / 32 * int64_t{32}; }
 static inline bool kv_has_params(int32_t kind) { return kind >= HL_KV_INT8; }
@@ -17,7 +17,10 @@ static inline bool kv_has_params(int32_t kind) { return kind >= HL_KV_INT8; }
 // Bytes of the keys (or of the values) of HL_SLOTS slots of one head.
 static inline int64_t kv_part_bytes(int32_t kind, int32_t head_size) {
   const int64_t elements = padded_head(head_size) * HL_SLOTS;
-  return kind == HL_KV_F32 ? elements * 4 : kind == HL_KV_BF16 ? elements * 2 : kind == HL_KV_INT8 ? elements : elements / 2;
+  return kind == HL_KV_F32    ? elements * 4
+         : kind == HL_KV_BF16 ? elements * 2
+         : kind == HL_KV_INT8 ? elements
+                              : elements / 2;
 }
 
 // Bytes of all that HL_SLOTS slots of one head have.
@@ -36,10 +39,10 @@ static inline uint8_t* kv_slots(const hl_kv& kv, int64_t block, int64_t head, in
          ((block * kv.heads + head) * groups + offset / HL_SLOTS) * kv_slots_bytes(kv.kind, kv.head_size);
 }
 
-// ---- attention ----------------------------------------------------------------------------------------------------
+// ---- attention -----------------------------------------------------------------------------------------------------
 
-// One attention over a pool. A "row" of a sequence and a kv head is one query of one of the heads that share the kv head:
-// row = query * (heads / kv->heads) + head, so that rows which read the same keys lie together.
+// One attention over a pool. A "row" of a sequence and a kv head is one query of one of the heads that share the kv
+// head: row = query * (heads / kv->heads) + head, so that rows which read the same keys lie together.
 struct Attention {
   const hl_kv* kv;
   const hl_step* step;
@@ -52,8 +55,9 @@ struct Attention {
   float* partials;  // where tasks that leave merging to others put their results
 };
 
-// Rows [row0, row1) of one kv head over the spans [span0, span1). With partial < 0 the spans are all there are, and `out` is
-// written; else every span's result goes to its record, record (span - span0) * (row1 - row0) + row - row0 behind `partial`.
+// Rows [row0, row1) of one kv head over the spans [span0, span1). With partial < 0 the spans are all there are, and
+// `out` is written; else every span's result goes to its record, record (span - span0) * (row1 - row0) + row - row0
+// behind `partial`.
 struct AttendTask {
   int32_t sequence, kv_head, row0, row1, span0, span1;
   int64_t partial;
@@ -79,7 +83,8 @@ struct Top {
   float sum;      // of exp(x - maximum)
 };
 
-// One instruction set's kernels; all noexcept, callable from any thread. See the functions of hanlin_cpu.h for what they compute.
+// One instruction set's kernels; all noexcept, callable from any thread. See the functions of hanlin_cpu.h for what
+// they compute.
 struct OpKernels {
   void (*norm)(int32_t kind, const float* x, int64_t width, const float* gain, const float* bias, float eps, float* y);
   void (*map)(int32_t function, const float* x, int64_t n, float* y);
@@ -93,7 +98,8 @@ struct OpKernels {
   void (*kv_read)(const hl_kv& kv, int64_t slot, int32_t head, float* k, float* v);
   int64_t (*attend_scratch)(const hl_kv& kv);  // bytes that `attend` needs for itself, aligned to 64
   void (*attend)(const Attention& what, const AttendTask& task, void* scratch);
-  void (*merge)(const Attention& what, const AttendTask& spans, int32_t row);  // one row of all records of `spans` into `out`
+  void (*merge)(const Attention& what, const AttendTask& spans,
+                int32_t row);  // one row of all records of `spans` into `out`
 };
 
 }  // namespace hl

@@ -180,6 +180,7 @@ void top(const float* x, int64_t n, int32_t first_id, int32_t k, Top* out) {
 }  // namespace
 
 extern const OpKernels op_table;
-const OpKernels op_table = {norm, map, gate, add_rows, widen, rope, top, kv_write, kv_read, attend_scratch, attend, merge};
+const OpKernels op_table = {norm, map,      gate,    add_rows,       widen,  rope,
+                            top,  kv_write, kv_read, attend_scratch, attend, merge};
 
 }  // namespace hl::HL_VARIANT

@@ -1,4 +1,5 @@
-// A program as it is run: every operation with its buffers found, its inputs prepared by whoever makes them, its barriers known.
+// A program as it is run: every operation with its buffers found, its inputs prepared by whoever makes them, its
+// barriers known.
 #pragma once
 
 #include <memory>
@@ -19,14 +20,14 @@ constexpr int32_t op_prepare = -1;  // prepares `out`, where the operation befor
 
 struct Stage {
   hl_op op;
-  int32_t number;                // of the operation in the program
-  bool wanted = false;           // one row for every wanted token, not for every token
-  bool barrier = true;           // behind it
+  int32_t number;       // of the operation in the program
+  bool wanted = false;  // one row for every wanted token, not for every token
+  bool barrier = true;  // behind it
   const hl_weight* weight = nullptr;
   int64_t in_width = 0, out_width = 0;
   float *in = nullptr, *in2 = nullptr, *out = nullptr;
-  Prepared from;                 // LINEAR, HEAD: the input
-  std::vector<Prepared> ready;   // forms of `out` (ROPE: none) that later products want
+  Prepared from;                // LINEAR, HEAD: the input
+  std::vector<Prepared> ready;  // forms of `out` (ROPE: none) that later products want
 };
 
 // Whether a stage touches only the rows that Team::split gives it, when it reads and when it writes.
@@ -55,5 +56,5 @@ struct hl_program {
   hl::AttendPlan plan;
   std::unique_ptr<std::atomic<int32_t>[]> next;  // one for every stage, see attend_some
   hl::Scratch partials, top;
-  std::vector<double> seconds;                   // empty: nobody wants them
+  std::vector<double> seconds;  // empty: nobody wants them
 };

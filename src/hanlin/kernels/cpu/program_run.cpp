@@ -8,12 +8,16 @@
 namespace hl {
 namespace {
 
-// Inputs [begin, end) of a row, prepared; begin is a multiple of 32. LinearKernels::prepare fills a row up to 64 bytes behind its end, where
-// another thread's part may begin: 128 inputs are a whole number of 64 bytes in every form, what is left goes by way of a copy.
-void prepare_part(const LinearKernels& kernels, const Prepared& form, const float* x, int64_t begin, int64_t end, int64_t row) {
+// Inputs [begin, end) of a row, prepared; begin is a multiple of 32. LinearKernels::prepare fills a row up to 64 bytes
+// behind its end, where another thread's part may begin: 128 inputs are a whole number of 64 bytes in every form, what
+// is left goes by way of a copy.
+void prepare_part(const LinearKernels& kernels, const Prepared& form, const float* x, int64_t begin, int64_t end,
+                  int64_t row) {
   char* to = form.rows + row * form.stride;
   const auto bytes = [&](int64_t n) {
-    return form.act == Act::f32 ? n * 4 : form.act == Act::bf16 ? (n + 1) / 2 * 4 : (n + 31) / 32 * int64_t{sizeof(ActGroup)};
+    return form.act == Act::f32    ? n * 4
+           : form.act == Act::bf16 ? (n + 1) / 2 * 4
+                                   : (n + 31) / 32 * int64_t{sizeof(ActGroup)};
   };
   constexpr int64_t step = 128;
   const int64_t whole = begin + (end - begin) / step * step;
@@ -26,7 +30,8 @@ void prepare_part(const LinearKernels& kernels, const Prepared& form, const floa
 
 class Run {
  public:
-  Run(hl_program& program, const hl_step& step) : p_(program), step_(step), ops_(*program.ctx->isa->ops), linear_(*program.ctx->isa->linear) {}
+  Run(hl_program& program, const hl_step& step)
+      : p_(program), step_(step), ops_(*program.ctx->isa->ops), linear_(*program.ctx->isa->linear) {}
 
   void operator()(const Team& team) const {
     using clock = std::chrono::steady_clock;
@@ -48,11 +53,16 @@ class Run {
  private:
   void run(const Team& team, const Stage& stage, int64_t rows, std::atomic<int32_t>& next) const {
     switch (stage.op.code) {
-      case HL_OP_LINEAR: return linear(team, stage, rows);
-      case HL_OP_ROPE: return rope(team, stage, rows);
-      case HL_OP_ATTEND: return attend(team, stage, next);
-      case HL_OP_HEAD: return head(team, stage, rows);
-      default: break;
+      case HL_OP_LINEAR:
+        return linear(team, stage, rows);
+      case HL_OP_ROPE:
+        return rope(team, stage, rows);
+      case HL_OP_ATTEND:
+        return attend(team, stage, next);
+      case HL_OP_HEAD:
+        return head(team, stage, rows);
+      default:
+        break;
     }
     const Range mine = team.split(rows);
     for (int64_t r = mine.begin; r < mine.end; r++) {
@@ -69,24 +79,30 @@ class Run {
     switch (op.code) {
       case HL_OP_EMBED:
         if (stage.weight != nullptr) return unpack_row(*stage.weight, step_.ids[r], out);
-        return ops_.widen(op.table_kind,
-                          static_cast<const char*>(op.table) + step_.ids[r] * stage.out_width * (op.table_kind == HL_SRC_F32 ? 4 : 2),
-                          stage.out_width, out);
-      case HL_OP_NORM: return ops_.norm(op.style, in, stage.in_width, op.gain, op.bias, op.eps, out);
-      case HL_OP_GATE: return ops_.gate(op.style, in, in + stage.out_width, stage.out_width, out);
-      case HL_OP_ADD: return ops_.add(in, op.scale, stage.in2 == nullptr ? nullptr : stage.in2 + r * stage.in_width, stage.in_width, out);
+        return ops_.widen(
+            op.table_kind,
+            static_cast<const char*>(op.table) + step_.ids[r] * stage.out_width * (op.table_kind == HL_SRC_F32 ? 4 : 2),
+            stage.out_width, out);
+      case HL_OP_NORM:
+        return ops_.norm(op.style, in, stage.in_width, op.gain, op.bias, op.eps, out);
+      case HL_OP_GATE:
+        return ops_.gate(op.style, in, in + stage.out_width, stage.out_width, out);
+      case HL_OP_ADD:
+        return ops_.add(in, op.scale, stage.in2 == nullptr ? nullptr : stage.in2 + r * stage.in_width, stage.in_width,
+                        out);
       case HL_OP_GATHER:
         std::memcpy(out, stage.in + step_.row_index[r] * stage.in_width, static_cast<size_t>(stage.in_width) * 4);
         return;
-      default: return;  // op_prepare
+      default:
+        return;  // op_prepare
     }
   }
 
   void linear(const Team& team, const Stage& stage, int64_t rows) const {
     const Epilogue out = {stage.out, stage.out_width, stage.op.bias, stage.op.flags};
     const int64_t columns = stage.op.flags & HL_SILU_MUL ? HL_TILE / 2 : HL_TILE;  // that a tile becomes
-    // Threads take whole groups of 32 columns, so that each can prepare what it made. With many rows that happens every 128 columns, while
-    // they are in the cache.
+    // Threads take whole groups of 32 columns, so that each can prepare what it made. With many rows that happens every
+    // 128 columns, while they are in the cache.
     const int64_t grain = stage.ready.empty() ? 1 : 32 / columns;
     const Range tiles = team.split(tiles_of(*stage.weight), grain);
     const int64_t at_once = stage.ready.empty() || rows < 32 ? tiles.end - tiles.begin : 128 / columns;
@@ -95,7 +111,8 @@ class Run {
       linear_.product(*stage.weight, stage.from.rows, stage.from.stride, rows, tile, end, out);
       for (const Prepared& form : stage.ready)
         for (int64_t r = 0; r < rows; r++)
-          prepare_part(linear_, form, stage.out + r * stage.out_width, tile * columns, std::min(end * columns, stage.out_width), r);
+          prepare_part(linear_, form, stage.out + r * stage.out_width, tile * columns,
+                       std::min(end * columns, stage.out_width), r);
     }
   }
 
@@ -111,7 +128,8 @@ class Run {
       float* k = row + (op.heads + g) * size;
       if (op.rotary > 0) {
         const float *cosines = step_.cos + t * half, *sines = step_.sin + t * half;
-        for (int64_t h = g * share; h < (g + 1) * share; h++) ops_.rope(op.style, row + h * size, op.rotary, cosines, sines);
+        for (int64_t h = g * share; h < (g + 1) * share; h++)
+          ops_.rope(op.style, row + h * size, op.rotary, cosines, sines);
         ops_.rope(op.style, k, op.rotary, cosines, sines);
       }
       ops_.kv_write(kv, step_.slots[t], g, k, k + op.kv_heads * size);
@@ -121,14 +139,15 @@ class Run {
   void attend(const Team& team, const Stage& stage, std::atomic<int32_t>& next) const {
     const hl_op& op = stage.op;
     const hl_kv& kv = p_.pools[static_cast<size_t>(op.layer)];
-    const Attention what = {&kv,       &step_,          op.heads,  op.scale,       stage.in, stage.in_width,
+    const Attention what = {&kv,       &step_,          op.heads,  op.scale, stage.in, stage.in_width,
                             stage.out, stage.out_width, partials()};
     const int64_t share = op.heads / op.kv_heads;
     const auto done = [&](const AttendTask& task) {
       for (const Prepared& form : stage.ready)
         for (int64_t r = task.row0; r < task.row1; r++) {
           const int64_t token = step_.query_start[task.sequence] + r / share, head = task.kv_head * share + r % share;
-          prepare_part(linear_, form, stage.out + token * stage.out_width, head * op.head_size, (head + 1) * op.head_size, token);
+          prepare_part(linear_, form, stage.out + token * stage.out_width, head * op.head_size,
+                       (head + 1) * op.head_size, token);
         }
     };
     attend_some(ops_, what, p_.plan, next, p_.attend_scratch + team.rank * p_.attend_bytes, done);
@@ -141,15 +160,18 @@ class Run {
   void head(const Team& team, const Stage& stage, int64_t rows) const {
     const hl_weight& weight = *stage.weight;
     const Range tiles = team.split(tiles_of(weight));
-    linear_.product(weight, stage.from.rows, stage.from.stride, rows, tiles.begin, tiles.end, {step_.logits, weight.out, stage.op.bias, 0});
+    linear_.product(weight, stage.from.rows, stage.from.stride, rows, tiles.begin, tiles.end,
+                    {step_.logits, weight.out, stage.op.bias, 0});
     if (step_.hidden != nullptr) {
       const Range mine = team.split(rows);
-      std::copy(stage.in + mine.begin * stage.in_width, stage.in + mine.end * stage.in_width, step_.hidden + mine.begin * stage.in_width);
+      std::copy(stage.in + mine.begin * stage.in_width, stage.in + mine.end * stage.in_width,
+                step_.hidden + mine.begin * stage.in_width);
     }
     if (step_.top == 0 && step_.log_sum_exp == nullptr) return;
     team.barrier();
-    top_rows(team, ops_, {step_.logits, weight.out, rows, weight.out, step_.top, step_.top_values, step_.top_ids, step_.log_sum_exp,
-                          p_.top.reserve(0)});
+    top_rows(team, ops_,
+             {step_.logits, weight.out, rows, weight.out, step_.top, step_.top_values, step_.top_ids, step_.log_sum_exp,
+              p_.top.reserve(0)});
   }
 
   hl_program& p_;
@@ -161,9 +183,11 @@ class Run {
 int32_t check(const hl_program& p, const hl_step& step) {
   if (step.tokens < 0 || step.tokens > p.max_tokens)
     return fail(HL_ERR_ARGUMENT, "step: %d tokens, the program takes up to %d", step.tokens, p.max_tokens);
-  if (step.rows < 0 || step.rows > step.tokens) return fail(HL_ERR_ARGUMENT, "step: %d of %d tokens are wanted", step.rows, step.tokens);
+  if (step.rows < 0 || step.rows > step.tokens)
+    return fail(HL_ERR_ARGUMENT, "step: %d of %d tokens are wanted", step.rows, step.tokens);
   if (step.tokens == 0) return HL_OK;
-  if (step.ids == nullptr || (!p.pools.empty() && step.slots == nullptr) || (p.rotary > 0 && (step.cos == nullptr || step.sin == nullptr)))
+  if (step.ids == nullptr || (!p.pools.empty() && step.slots == nullptr) ||
+      (p.rotary > 0 && (step.cos == nullptr || step.sin == nullptr)))
     return fail(HL_ERR_ARGUMENT, "step: ids, slots, cos or sin is missing");
   for (int32_t t = 0; p.vocabulary > 0 && t < step.tokens; t++)
     if (step.ids[t] < 0 || step.ids[t] >= p.vocabulary)
@@ -172,17 +196,21 @@ int32_t check(const hl_program& p, const hl_step& step) {
     const int64_t slots = int64_t{p.pools[0].blocks} * p.pools[0].block_size;
     for (int32_t t = 0; t < step.tokens; t++)
       if (step.slots[t] < 0 || step.slots[t] >= slots)
-        return fail(HL_ERR_ARGUMENT, "step: token %d has slot %lld of %lld", t, static_cast<long long>(step.slots[t]), static_cast<long long>(slots));
+        return fail(HL_ERR_ARGUMENT, "step: token %d has slot %lld of %lld", t, static_cast<long long>(step.slots[t]),
+                    static_cast<long long>(slots));
     if (const int32_t status = check_attention(step, p.pools[0].blocks, p.pools[0].block_size)) return status;
   }
   if (step.rows == 0) return HL_OK;
-  if (step.row_index == nullptr || step.logits == nullptr) return fail(HL_ERR_ARGUMENT, "step: row_index or logits is missing");
+  if (step.row_index == nullptr || step.logits == nullptr)
+    return fail(HL_ERR_ARGUMENT, "step: row_index or logits is missing");
   for (int32_t r = 0; r < step.rows; r++)
     if (step.row_index[r] < 0 || step.row_index[r] >= step.tokens)
       return fail(HL_ERR_ARGUMENT, "step: row %d is token %d of %d", r, step.row_index[r], step.tokens);
   if (step.top < 0 || step.top > HL_MOST_TOP || step.top > p.head_out)
-    return fail(HL_ERR_ARGUMENT, "step: the top %d of %lld logits; at most %d", step.top, static_cast<long long>(p.head_out), HL_MOST_TOP);
-  if (step.top > 0 && (step.top_values == nullptr || step.top_ids == nullptr)) return fail(HL_ERR_ARGUMENT, "step: top_values or top_ids is missing");
+    return fail(HL_ERR_ARGUMENT, "step: the top %d of %lld logits; at most %d", step.top,
+                static_cast<long long>(p.head_out), HL_MOST_TOP);
+  if (step.top > 0 && (step.top_values == nullptr || step.top_ids == nullptr))
+    return fail(HL_ERR_ARGUMENT, "step: top_values or top_ids is missing");
   return HL_OK;
 }
 
@@ -198,7 +226,8 @@ extern "C" int32_t hl_program_run(hl_program* program, const hl_step* step) {
     if (step->tokens == 0) return HL_OK;
     if (p.heads > 0) p.plan.make(*step, p.heads, p.pools[0], p.ctx->pool.size());
     p.partials.reserve(p.plan.partial_floats * 4);
-    if (step->rows > 0 && (step->top > 0 || step->log_sum_exp != nullptr)) p.top.reserve(hl::top_scratch(step->rows, p.head_out, step->top));
+    if (step->rows > 0 && (step->top > 0 || step->log_sum_exp != nullptr))
+      p.top.reserve(hl::top_scratch(step->rows, p.head_out, step->top));
     for (size_t i = 0; i < p.stages.size(); i++) p.next[i].store(0, std::memory_order_relaxed);
     p.ctx->pool.run(hl::Run(p, *step));
     return HL_OK;

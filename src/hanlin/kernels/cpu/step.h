@@ -16,24 +16,26 @@ const char* kv_problem(const hl_kv& kv);
 // nullptr, or what is wrong with a rotation.
 const char* rope_problem(int32_t style, int32_t head_size, int32_t rotary);
 
-// What an attention over the pools reads of a step; `block_size` and `blocks` are the pools'. HL_OK, or a failure with its message.
+// What an attention over the pools reads of a step; `block_size` and `blocks` are the pools'. HL_OK, or a failure with
+// its message.
 int32_t check_attention(const hl_step& step, int32_t blocks, int32_t block_size);
 
 // How the attention of a step is shared out. The same for all layers of a step.
 struct AttendPlan {
-  std::vector<AttendTask> tasks;   // the costly ones first
-  std::vector<AttendTask> merges;  // sequences and kv heads whose spans several tasks compute: all their spans, all their rows
+  std::vector<AttendTask> tasks;  // the costly ones first
+  std::vector<AttendTask>
+      merges;  // sequences and kv heads whose spans several tasks compute: all their spans, all their rows
   int64_t merged_rows = 0;
   int64_t partial_floats = 0;
 
   void make(const hl_step& step, int32_t heads, const hl_kv& kv, int threads);
 };
 
-// This thread's part of an attention: takes tasks by `next` (0 when the team begins), calls done(task) behind each one whose rows are
-// finished. When the plan has merges, a barrier must follow, then merge_some.
+// This thread's part of an attention: takes tasks by `next` (0 when the team begins), calls done(task) behind each one
+// whose rows are finished. When the plan has merges, a barrier must follow, then merge_some.
 template <class Done>
-void attend_some(const OpKernels& kernels, const Attention& what, const AttendPlan& plan, std::atomic<int32_t>& next, void* scratch,
-                 const Done& done) {
+void attend_some(const OpKernels& kernels, const Attention& what, const AttendPlan& plan, std::atomic<int32_t>& next,
+                 void* scratch, const Done& done) {
   const int32_t n = static_cast<int32_t>(plan.tasks.size());
   for (int32_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
     const AttendTask& task = plan.tasks[static_cast<size_t>(i)];
@@ -43,7 +45,8 @@ void attend_some(const OpKernels& kernels, const Attention& what, const AttendPl
 }
 
 template <class Done>
-void merge_some(const Team& team, const OpKernels& kernels, const Attention& what, const AttendPlan& plan, const Done& done) {
+void merge_some(const Team& team, const OpKernels& kernels, const Attention& what, const AttendPlan& plan,
+                const Done& done) {
   const Range mine = team.split(plan.merged_rows);
   int64_t first = 0;  // number of the task's first row among all merged rows
   for (AttendTask task : plan.merges) {
@@ -60,7 +63,8 @@ void merge_some(const Team& team, const OpKernels& kernels, const Attention& wha
   }
 }
 
-// The largest values of rows, and log(sum(exp)), see hl_top. `parts` holds top_scratch() bytes. Contains a barrier; none at the end.
+// The largest values of rows, and log(sum(exp)), see hl_top. `parts` holds top_scratch() bytes. Contains a barrier;
+// none at the end.
 struct TopRows {
   const float* x;
   int64_t ldx, rows, columns;

@@ -1,0 +1,163 @@
+// Single slots of the key/value pool, written and read; compiled once a variant. See hl_kv for the layouts.
+#include "ops.h"
+#include "simd.h"
+
+namespace hl::HL_VARIANT {
+namespace {
+
+// ---- float16, for the parameters of codes --------------------------------------------------------------------------
+
+// To nearest even; too large becomes the largest.
+uint16_t to_half(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const uint32_t sign = u >> 16 & 0x8000u, m = u & 0x7FFFFFFFu;
+  if (m > 0x7F800000u) return 0x7E00u;
+  if (m >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7BFFu);
+  if (m < 113u << 23) {  // below 2^-14: a whole number of 2^-24, found by letting an addition round it
+    const float shifted = fabsf(x) * 16777216.0f + 8388608.0f;
+    memcpy(&u, &shifted, 4);
+    return static_cast<uint16_t>(sign | (u & 0x7FFFFFu));
+  }
+  return static_cast<uint16_t>(sign | ((m - (112u << 23) + 0xFFFu + (m >> 13 & 1)) >> 13));
+}
+
+float from_half(uint16_t h) {
+  const uint16_t t[lanes] = {h};
+  float f[lanes];
+  store(f, load_f16(t));
+  return f[0];
+}
+
+// ---- places --------------------------------------------------------------------------------------------------------
+
+// Where element d of a slot's keys, or of its values, is. `Unit` of them lie together: dimensions of keys, slots of
+// values.
+template <int Unit>
+HL_INLINE int64_t place_of(bool keys, int64_t slot, int64_t d, int64_t padded) {
+  return keys ? (d / Unit * HL_SLOTS + slot) * Unit + d % Unit : (slot / Unit * padded + d) * Unit + slot % Unit;
+}
+
+template <int Unit, class Element>
+HL_INLINE void scatter(const Element* row, int64_t n, bool keys, int64_t slot, int64_t padded, Element* part) {
+  if (keys) {
+    int64_t d = 0;
+    for (; d + Unit <= n; d += Unit)
+      memcpy(part + place_of<Unit>(true, slot, d, padded), row + d, Unit * sizeof(Element));
+    for (; d < n; d++) part[place_of<Unit>(true, slot, d, padded)] = row[d];
+  } else {
+    Element* to = part + place_of<Unit>(false, slot, 0, padded);
+    for (int64_t d = 0; d < n; d++) to[Unit * d] = row[d];
+  }
+}
+
+// In int4 two vectors of 64 codes share 64 bytes. For keys those are of dimensions d and d + 4, for values of d and d
+// + 16.
+constexpr int keys_apart = 4, values_apart = 16;
+
+template <int apart>
+HL_INLINE int64_t join(const uint8_t* codes, int64_t n, uint8_t* both) {
+  int64_t bytes = 0;
+  for (int64_t d = 0; d < n; d += 2 * apart, bytes += apart)
+    for (int i = 0; i < apart; i++) both[bytes + i] = static_cast<uint8_t>(codes[d + i] | codes[d + apart + i] << 4);
+  return bytes;
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+// Scale and minimum of a row, and its codes; zeros (or whatever, up to a multiple of 16) behind them.
+void encode(const float* x, int32_t n, float steps, uint8_t (&codes)[most_head], uint16_t* scale_to, uint16_t* min_to) {
+  const F inside = set1(x[0]);
+  F lows = inside, highs = inside;
+  I exponents = set1i(0);
+  for (int32_t i = 0; i < n; i += lanes) {
+    F v;
+    if (n - i < lanes) {  // lanes beyond the row must not count
+      float t[lanes];
+      store(t, inside);
+      memcpy(t, x + i, sizeof(float) * static_cast<size_t>(n - i));
+      v = load(t);
+    } else {
+      v = load(x + i);
+    }
+    lows = min(v, lows);
+    highs = max(v, highs);
+    exponents = maxi(exponents, andi(bits(v), set1i(0x7F800000)));
+  }
+  memset(codes, 0, sizeof codes);
+  if (hmax(exponents) == 0x7F800000) {  // NaN or infinity
+    *scale_to = *min_to = 0x7E00u;
+    return;
+  }
+  *min_to = to_half(-hmax(sub(zero(), lows)));
+  const float low = from_half(*min_to), ideal = (hmax(highs) - low) / steps;
+  uint16_t half = to_half(ideal > 0 ? ideal : 0.0f);
+  if (from_half(half) < ideal && half < 0x7BFFu) half++;
+  *scale_to = half;
+  const float scale = from_half(half);
+  if (scale == 0) return;
+  const F inverse = set1(1.0f / scale), minimum = set1(low);
+  for (int32_t i = 0; i < n; i += lanes) {
+    const F v = n - i < lanes ? load(x + i, n - i) : load(x + i);
+    const F q = floor(fma(sub(v, minimum), inverse, set1(0.5f)));
+    store_i8(codes + i, to_int(max(zero(), min(set1(steps), q))));
+  }
+}
+
+void write_row(const hl_kv& kv, uint8_t* part, uint16_t* params, bool keys, int64_t slot, const float* x) {
+  const int64_t padded = padded_head(kv.head_size);
+  const int32_t n = kv.head_size;
+  if (kv.kind == HL_KV_F32) return scatter<1>(x, n, keys, slot, padded, reinterpret_cast<float*>(part));
+  if (kv.kind == HL_KV_BF16) {
+    uint16_t rounded[most_head];
+    for (int32_t d = 0; d < n; d += lanes)
+      store_u16(rounded + d, to_bf16(n - d < lanes ? load(x + d, n - d) : load(x + d)));
+    return scatter<2>(rounded, n, keys, slot, padded, reinterpret_cast<uint16_t*>(part));
+  }
+  uint8_t codes[most_head];
+  encode(x, n, kv.kind == HL_KV_INT8 ? 255.0f : 15.0f, codes, params + slot, params + HL_SLOTS + slot);
+  if (kv.kind == HL_KV_INT8) return scatter<4>(codes, n, keys, slot, padded, part);
+  uint8_t both[most_head / 2];
+  const int64_t bytes = keys ? join<keys_apart>(codes, n, both) : join<values_apart>(codes, n, both);
+  scatter<4>(both, bytes, keys, slot, padded / 2, part);
+}
+
+void read_row(const hl_kv& kv, const uint8_t* part, const uint16_t* params, bool keys, int64_t slot, float* x) {
+  const int64_t padded = padded_head(kv.head_size);
+  const bool codes = kv_has_params(kv.kind);
+  const float scale = codes ? from_half(params[slot]) : 0, low = codes ? from_half(params[HL_SLOTS + slot]) : 0;
+  for (int64_t d = 0; d < kv.head_size; d++) {
+    if (kv.kind == HL_KV_F32) {
+      x[d] = reinterpret_cast<const float*>(part)[place_of<1>(keys, slot, d, padded)];
+    } else if (kv.kind == HL_KV_BF16) {
+      const uint32_t u = uint32_t{reinterpret_cast<const uint16_t*>(part)[place_of<2>(keys, slot, d, padded)]} << 16;
+      memcpy(x + d, &u, 4);
+    } else if (kv.kind == HL_KV_INT8) {
+      x[d] = static_cast<float>(part[place_of<4>(keys, slot, d, padded)]) * scale + low;
+    } else {
+      const int64_t apart = keys ? keys_apart : values_apart, at = d / (2 * apart) * apart + d % apart;
+      const int both = part[place_of<4>(keys, slot, at, padded / 2)];
+      x[d] = static_cast<float>(d / apart % 2 ? both >> 4 : both & 15) * scale + low;
+    }
+  }
+}
+
+}  // namespace
+
+void kv_write(const hl_kv& kv, int64_t slot, int32_t head, const float* k, const float* v) {
+  const int64_t offset = slot % kv.block_size, part = kv_part_bytes(kv.kind, kv.head_size);
+  uint8_t* slots = kv_slots(kv, slot / kv.block_size, head, offset);
+  uint16_t* params = reinterpret_cast<uint16_t*>(slots + 2 * part);
+  write_row(kv, slots, params, true, offset % HL_SLOTS, k);
+  write_row(kv, slots + part, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
+}
+
+void kv_read(const hl_kv& kv, int64_t slot, int32_t head, float* k, float* v) {
+  const int64_t offset = slot % kv.block_size, part = kv_part_bytes(kv.kind, kv.head_size);
+  const uint8_t* slots = kv_slots(kv, slot / kv.block_size, head, offset);
+  const uint16_t* params = reinterpret_cast<const uint16_t*>(slots + 2 * part);
+  read_row(kv, slots, params, true, offset % HL_SLOTS, k);
+  read_row(kv, slots + part, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
+}
+
+}  // namespace hl::HL_VARIANT
