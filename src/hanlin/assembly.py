@@ -233,6 +233,10 @@ def peak_memory() -> int:
     """Peak resident bytes of this process, 0 where the platform does not say."""
     if sys.platform == "win32":
         return 0
+    if sys.platform == "linux":  # getrusage would count what ran before exec
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

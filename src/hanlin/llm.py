@@ -46,9 +46,9 @@ def load(
     """
     from hanlin.hub import resolve
 
-    began = time.perf_counter()
     settings = (config or EngineConfig()).override(**options)
     location = resolve(model, report=report)
+    began = time.perf_counter()
     placement = assembly.place(settings)
     loaded = assembly.load(location.path, placement, progress)
     llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
