@@ -273,9 +273,9 @@ typedef struct hl_step {
  *
  * Arithmetic, and its largest relative error (root mean square, against float64 on the stored keys and values):
  * HL_KV_F32 is float32 (1e-6). HL_KV_BF16 rounds q and the weights of the softmax to bfloat16 and adds up in float32
- * where the CPU multiplies bfloat16 (4e-3); elsewhere it is float32. HL_KV_INT8 and HL_KV_INT4 round q to 15 bits with a
- * scale a row, and weights times the scales of their tokens to 14 bits with a scale a span; their products with codes
- * are exact sums (5e-4).
+ * where the CPU multiplies bfloat16 (4e-3); elsewhere it is float32. HL_KV_INT8 and HL_KV_INT4 round q to 15 bits with
+ * a scale a row, and weights times the scales of their tokens to 14 bits with a scale a span; their products with
+ * codes are exact sums (1e-3).
  *
  * Keys are taken HL_SPAN at a time from the sequence's first on; each span has a softmax of its own, and spans are
  * merged in order: so the bits depend neither on chunks nor on threads. (But for a sequence with NaN or infinity among

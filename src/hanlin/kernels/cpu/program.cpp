@@ -198,7 +198,6 @@ class Maker {
   }
 
   // ---- from operations to stages -----------------------------------------------------------------------------------
-  // ----------------------------------------------------------------------------------------------------
 
   static bool multiplies(const hl_op& op) { return op.code == HL_OP_LINEAR || op.code == HL_OP_HEAD; }
 
