@@ -183,6 +183,8 @@ def test_a_template_that_knows_tools_gets_them(tokenizer: ByteTokenizer) -> None
         "<|start|>tool\n22<|eot|>\n<|start|>assistant\n"
     )
     assert counted(tokenizer, rendered) == written
+    rendered = chat.render(conversation[:2], [WEATHER])
+    assert text(tokenizer, rendered).endswith(f"<|start|>assistant\n{written.removesuffix('<|eot|>')}")
     reply = tokenizer.encode(written, parse_special=True)
     assert parse(chat.parser([WEATHER]), reply)[1][0].arguments == call.arguments
 

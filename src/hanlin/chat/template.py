@@ -116,7 +116,7 @@ class TemplateFormat:
             last = places.get(len(turns) - 1)
             if last is None:
                 raise ChatFormatError("the model's chat template rewrites the last reply, so it cannot be continued")
-            text = _cut(text, last.end, turns[-1].content)
+            text = text[: self._open_end(text, tokens, last, turns[-1])]
             tokens = [token for token in tokens if token.end <= len(text)]
             places[len(turns) - 1] = _Span(last.start, len(text))
         replies = {turn for turn in places if turns[turn].role == "assistant"}
@@ -165,11 +165,23 @@ class TemplateFormat:
                 tokens.append(_Span(*match.span()))
         return tokens
 
+    def _open_end(self, text: str, tokens: Sequence[_Span], place: _Span, turn: Message) -> int:
+        """Where a reply ends that is to be continued: behind its calls, else its text with the blanks at its end."""
+        if turn.tool_calls:
+            stops = self._stops(text, tokens)
+            following = bisect.bisect_left(stops, (place.end, place.end))
+            return stops[following].start if following < len(stops) else len(text)
+        blanks = turn.content[len(turn.content.rstrip()) :]
+        return place.end + len(blanks) * text.startswith(blanks, place.end)
+
+    def _stops(self, text: str, tokens: Sequence[_Span]) -> list[_Span]:
+        return [token for token in tokens if self._tokens[text[token.start : token.end]] in self.stop_ids]
+
     def _reply_spans(
         self, text: str, tokens: Sequence[_Span], places: Mapping[int, _Span], replies: Container[int]
     ) -> list[_Span]:
         """What the assistant is to write: from behind each generation prompt to the token that ends the turn."""
-        stops = [token for token in tokens if self._tokens[text[token.start : token.end]] in self.stop_ids]
+        stops = self._stops(text, tokens)
         spans, earlier = [], 0
         for turn, (start, end) in sorted(places.items(), key=lambda place: place[1]):
             if turn in replies:
@@ -374,9 +386,3 @@ def _find_turns(text: str, turns: Sequence[Message], escape: Leaf) -> dict[int, 
             position = start + len(content)
             places[index] = _Span(start, position)
     return places
-
-
-def _cut(text: str, end: int, content: str) -> str:
-    """The text up to the end of a reply, with the blanks that end it if they were printed."""
-    blanks = content[len(content.rstrip()) :]
-    return text[: end + len(blanks)] if blanks and text.startswith(blanks, end) else text[:end]
