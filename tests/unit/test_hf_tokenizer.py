@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'hf' 
 from hanlin.errors import TokenizerError  # noqa: E402 - after the check above
 from hanlin.hf import InternLM2Tokenizer, InternLM2TokenizerFast  # noqa: E402
 from hanlin.hf.tokenizer import to_hanlin  # noqa: E402
+from hanlin.tokenizers import load_tokenizer  # noqa: E402
 
 TEXTS = [
     "Hello world",
@@ -164,11 +165,15 @@ def test_pairs_and_masks(slow: Any, fast: Any) -> None:
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("use_fast", [True, False])
-def test_begin_and_end_tokens(directory: Path, use_fast: bool, bos: bool, eos: bool) -> None:
+def test_begin_and_end_tokens(directory: Path, tmp_path: Path, use_fast: bool, bos: bool, eos: bool) -> None:
     kind = InternLM2TokenizerFast if use_fast else InternLM2Tokenizer
     tokenizer = kind.from_pretrained(directory, add_bos_token=bos, add_eos_token=eos)
     assert tokenizer("Hello")["input_ids"] == [*[1] * bos, 9843, *[2] * eos]
     assert (tokenizer.add_bos_token, tokenizer.add_eos_token) == (bos, eos)
+    tokenizer.save_pretrained(tmp_path)
+    for again in (InternLM2Tokenizer.from_pretrained(tmp_path), InternLM2TokenizerFast.from_pretrained(tmp_path)):
+        assert again("Hello")["input_ids"] == [*[1] * bos, 9843, *[2] * eos]
+    assert load_tokenizer(tmp_path).encode("Hello", add_special=True) == [*[1] * bos, 9843, *[2] * eos]
 
 
 def test_chat_template(either: Any) -> None:
@@ -195,6 +200,9 @@ def test_save_and_load(directory: Path, tmp_path: Path, use_fast: bool, then_fas
     assert len(after) == 92545
     assert after.decode([264, 92544, 285], skip_special_tokens=True) == before.decode([264, 285])
     assert after.chat_template == before.chat_template
+    hanlin = load_tokenizer(tmp_path)
+    assert hanlin.encode("a<my_token>b", parse_special=True) == [264, 92544, 260]
+    assert 92544 in hanlin.special_ids
 
 
 def test_a_fast_directory_without_its_model_file(fast: Any, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _LENGTHS = "hanlin_rope_lengths"
 class HanlinConfig(PreTrainedConfig):  # type: ignore[misc]
     """A released `config.json` under its own attribute names. Whatever names code to run is dropped as it is read."""
 
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer adds a list to it
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{key: value for key, value in kwargs.items() if key not in _CODE})

@@ -73,8 +73,8 @@ class SlowSentencePiece(PreTrainedTokenizer):  # type: ignore[misc]
         bos_token: str = "<s>",
         eos_token: str = "</s>",
         pad_token: str = "</s>",
-        add_bos_token: bool = True,
-        add_eos_token: bool = False,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
         added_tokens_decoder: Mapping[int, AddedToken] | None = None,
         tokenizer_file: str | None = None,
         **kwargs: Any,
@@ -87,14 +87,18 @@ class SlowSentencePiece(PreTrainedTokenizer):  # type: ignore[misc]
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         self._hidden = _reserved(self._ids.items())
         self._plain = SentencePieceTokenizer(self._spm, added=_for_hanlin(added), name=str(vocab_file))
-        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
+        # Transformers keeps both from a slow tokenizer whose directory has a tokenizer.json as well.
+        said = Directory(Path(str(vocab_file)).parent).config
+        add_bos_token = said.get("add_bos_token", True) if add_bos_token is None else add_bos_token
+        add_eos_token = said.get("add_eos_token", False) if add_eos_token is None else add_eos_token
+        self.add_bos_token, self.add_eos_token = bool(add_bos_token), bool(add_eos_token)
         super().__init__(
             unk_token=unk_token,
             bos_token=bos_token,
             eos_token=eos_token,
             pad_token=pad_token,
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
+            add_bos_token=self.add_bos_token,
+            add_eos_token=self.add_eos_token,
             added_tokens_decoder=added,
             **_with_extras(kwargs, added),
         )
@@ -164,6 +168,11 @@ class SlowSentencePiece(PreTrainedTokenizer):  # type: ignore[misc]
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         return _copy(self.vocab_file, save_directory, filename_prefix)
 
+    def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        files: tuple[str, ...] = super()._save_pretrained(save_directory, *args, **kwargs)
+        _amend_config(self, save_directory, kwargs.get("filename_prefix"))
+        return files
+
 
 class FastSentencePiece(PreTrainedTokenizerFast):  # type: ignore[misc]
     """The same over the Rust library: from `tokenizer.json` if there is one, else converted from `tokenizer.model`."""
@@ -224,9 +233,10 @@ class FastSentencePiece(PreTrainedTokenizerFast):  # type: ignore[misc]
         return _copy(self.vocab_file, save_directory, filename_prefix)
 
     def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """`tokenizer.json`, and `tokenizer.model` for the slow class and for Hanlin's other rooms."""
+        """`tokenizer.json`, and for the slow class and Hanlin's other rooms `tokenizer.model`."""
         files = super()._save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
+        _amend_config(self, save_directory, prefix)
         return (*files, *(self.save_vocabulary(save_directory, prefix) if self.can_save_slow_tokenizer else ()))
 
 
@@ -275,6 +285,18 @@ def _copy(vocab_file: str | None, save_directory: str, filename_prefix: str | No
     if vocab_file is not None and Path(vocab_file).is_file() and Path(vocab_file).resolve() != target.resolve():
         shutil.copyfile(vocab_file, target)
     return (str(target),)
+
+
+def _amend_config(
+    tokenizer: SlowSentencePiece | FastSentencePiece, save_directory: Any, filename_prefix: str | None
+) -> None:
+    """Put back what Transformers 5 leaves out of a saved `tokenizer_config.json`, and released ones have."""
+    path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer_config.json")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["add_bos_token"], values["add_eos_token"] = tokenizer.add_bos_token, tokenizer.add_eos_token
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    values["added_tokens_decoder"] = {str(i): token.__getstate__() for i, token in added}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _convert(spm: SpmModel, added: Mapping[int, AddedToken], name: str) -> tokenizers.Tokenizer:

@@ -101,8 +101,8 @@ class Directory:
     def special_names(self) -> frozenset[str]:
         """The texts of all tokens that the directory calls special."""
         names = set(self.roles.values())
-        for source in self._naming:
-            further = source.get("additional_special_tokens")
+        keys = ("additional_special_tokens", "extra_special_tokens")  # Transformers 5 writes the second
+        for further in (source.get(key) for source in self._naming for key in keys):
             names |= {name for name in map(_content, further) if name} if isinstance(further, list) else set()
         return frozenset(names)
 
