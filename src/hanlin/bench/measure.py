@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from hanlin.bench import machine
 from hanlin.bench.driver import Contender, EngineProcess
@@ -90,11 +91,7 @@ class _Run:
         facts = self.processes[0][0].facts
         given = prompts(workload, number, vocabulary=facts["vocabulary"], special=frozenset(facts["special"]))
         tokens = workload.tokens if number >= 0 else min(workload.tokens, _WARM_UP)
-        if number >= 0:
-            with suppress(CapacityError):
-                self.report.bandwidth.setdefault(workload.title, []).append(
-                    machine.read_bandwidth(threads=self.report.threads)
-                )
+        speeds = self._bandwidth(number)
         for process, entry in list(self.processes):
             round_ = f"run {number + 1} of {self.repeats}" if number >= 0 else "warming up"
             self._tell(f"{entry.name}: {workload.title}, {round_}")
@@ -109,6 +106,16 @@ class _Run:
             entry.peak_memory, entry.facts = process.peak_memory, process.facts
             if number >= 0:
                 entry.add(workload, workload.values(*times))
+                speeds += self._bandwidth(number)
+        if speeds:  # it swings within seconds: the mean of before, between and after
+            self.report.bandwidth.setdefault(workload.title, []).append(statistics.fmean(speeds))
+
+    def _bandwidth(self, number: int) -> list[float]:
+        """Of the memory just now; nothing while warming up, or without memory to spare."""
+        try:
+            return [machine.read_bandwidth(threads=self.report.threads)] if number >= 0 else []
+        except CapacityError:
+            return []
 
     def _failed(self, entry: Entry, error: EngineError) -> None:
         if entry.ours:

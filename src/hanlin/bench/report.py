@@ -75,7 +75,7 @@ class Report:
     """Everything that was measured in one go.
 
     Attributes:
-        bandwidth: of a workload's title: GB/s read just before each of its runs.
+        bandwidth: of a workload's title: GB/s read beside each of its runs.
         interrupted: whether it was ended before its time.
     """
 
