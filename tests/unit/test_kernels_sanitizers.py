@@ -13,6 +13,7 @@ import pytest
 from hanlin.kernels.build import build, build_directory
 
 ROOT = Path(__file__).parents[2]
+CHECKS = ("hanlin_check", "hanlin_check_program")
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,7 +55,8 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
         f"{runtime('libasan.so')} {runtime('libstdc++.so')}"  # the latter first seen by Python's extensions otherwise
     )
     library = build(tmp_path / "libhanlin_cpu.so", sanitize="address,undefined")
-    run([str(build_directory("address,undefined") / "hanlin_check")])
+    for check in CHECKS:
+        run([str(build_directory("address,undefined") / check)])
     others = sorted(str(path) for path in Path(__file__).parent.glob("test_kernels_*.py") if path != Path(__file__))
     run(
         [
@@ -79,4 +81,5 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
 def test_data_races(tmp_path: Path) -> None:
     runtime("libtsan.so")
     build(tmp_path / "libhanlin_cpu.so", sanitize="thread")
-    run([str(build_directory("thread") / "hanlin_check")], TSAN_OPTIONS="halt_on_error=1")
+    for check in CHECKS:
+        run([str(build_directory("thread") / check)], TSAN_OPTIONS="halt_on_error=1")
