@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hanlin.checkpoints.load import Loaded, load_model
-from hanlin.checkpoints.source import TensorInfo, open_source
+from hanlin.checkpoints.source import TensorInfo, TensorSource
 from hanlin.engine.engine import Engine, EngineLimits
 from hanlin.engine.lowering import Lowering
 from hanlin.engine.native import NativeRunner, native_block_bytes
@@ -20,6 +20,7 @@ from hanlin.engine.runner import Runner, TorchRunner, kv_bytes
 from hanlin.engine.speculative import Drafter, ModelDrafter, PromptLookup
 from hanlin.errors import CapacityError, ChatFormatError, ConfigError, RequestError
 from hanlin.kernels.native import Context, unavailable_reason
+from hanlin.kernels.packed_cache import PackedCache
 from hanlin.layers.rope import Rope, RopeConfig
 from hanlin.models.parts import HasParts
 from hanlin.options import EngineConfig, free_memory
@@ -32,6 +33,8 @@ __all__ = ["Placement", "check_memory", "engine", "load", "peak_memory", "place"
 _DEFAULT_MAX_TOKENS = 1024
 # What the cache holds at least, if memory allows; memory is only taken as it is used.
 _AUTO_CACHE_TOKENS = 65536
+# Packed weights of fewer bytes are packed as fast as they are checked and mapped.
+_LEAST_PACKED = 64 << 20
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,9 @@ class Placement:
         dtype: of the torch module; with native weights only the norms stay there.
         weights, kv_cache: kinds of the native runner; "auto" weights are as the files have them.
         context: of the native runner; None for torch.
+        cache: of packed weights on disk.
         lowering: the packed weights, once loaded.
+        free: bytes of memory that could be taken before loading.
     """
 
     device: torch.device
@@ -50,12 +55,14 @@ class Placement:
     weights: str = "auto"
     kv_cache: str = "auto"
     context: Context | None = None
+    cache: PackedCache | None = None
     lowering: Lowering | None = None
+    free: int = 0
 
     def taker(self, model: nn.Module) -> Lowering:
         """Who takes the weights while the files are read."""
         assert self.context is not None
-        self.lowering = Lowering(cast(HasParts, model), weights=self.weights, context=self.context)
+        self.lowering = Lowering(cast(HasParts, model), weights=self.weights, context=self.context, cache=self.cache)
         return self.lowering
 
 
@@ -78,8 +85,14 @@ def place(settings: EngineConfig) -> Placement:
     if why_not is None:
         weights = settings.weights if settings.weights != "auto" else settings.dtype
         kv_cache = quantised if quantised != "auto" else "float32" if weights == "float32" else "bfloat16"
-        context = Context(settings.threads)
-        return Placement(device=device, dtype=torch.float32, weights=weights, kv_cache=kv_cache, context=context)
+        return Placement(
+            device=device,
+            dtype=torch.float32,
+            weights=weights,
+            kv_cache=kv_cache,
+            context=Context(settings.threads),
+            cache=_packed_cache() if settings.packed_cache else None,
+        )
     only_native = [
         f"{key} = {value!r}"
         for key, value in (("runner", settings.runner), ("weights", settings.weights), ("kv_cache", quantised))
@@ -112,29 +125,35 @@ def load(path: Path, placement: Placement, progress: Callable[[int, int], None] 
         CheckpointError, ConfigError: files that are broken or do not fit.
         CapacityError: too little memory, before any of it is taken.
     """
-    check_memory(path, placement)
     return load_model(
         path,
         dtype=placement.dtype,
         device=placement.device,
         progress=progress,
         taker=placement.taker if placement.context else None,
+        admit=lambda source: check_memory(source, placement),
     )
 
 
-def check_memory(path: Path, placement: Placement) -> None:
+def _packed_cache() -> PackedCache:
+    from hanlin.hub.places import Places
+
+    return PackedCache(Places.default().home / "packed", least=_LEAST_PACKED)
+
+
+def check_memory(source: TensorSource, placement: Placement) -> None:
     """Raises:
     CapacityError: when the weights will not fit, with what they need, before any of it is taken.
     """
     if placement.device.type != "cpu":
         return
-    with open_source(path) as source:
-        need = sum(_bytes(info, placement) for info in source.infos.values())
-    free = free_memory()
-    if need > free:
+    need = sum(_bytes(info, placement) for info in source.infos.values())
+    placement.free = free_memory()
+    if need > placement.free:
         kind = placement.weights if placement.context else str(placement.dtype).removeprefix("torch.")
         raise CapacityError(
-            f"{path}: the weights need {need / 2**30:.1f} GiB as {kind}, {free / 2**30:.1f} GiB are free"
+            f"{source.path}: the weights need {need / 2**30:.1f} GiB as {kind}, "
+            f"{placement.free / 2**30:.1f} GiB are free"
         )
 
 
@@ -179,7 +198,10 @@ def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: R
         if lowering
         else kv_bytes(loaded.config, placement.dtype.itemsize) * size
     )
-    blocks = _blocks(settings, context, per_block)
+    free = free_memory()
+    if lowering and lowering.cached:  # a mapped file counts as free memory
+        free = min(free, max(0, placement.free - lowering.nbytes))
+    blocks = _blocks(settings, context, per_block, free)
     runner = _runner(loaded, settings, placement, rope, blocks)
     limits = EngineLimits(
         blocks=blocks,
@@ -295,9 +317,9 @@ def _context(rope: RopeConfig) -> int:
     return int(rope.max_positions * (rope.factor if rope.kind == "dynamic" else 1.0))
 
 
-def _blocks(settings: EngineConfig, context: int, per_block: int) -> int:
+def _blocks(settings: EngineConfig, context: int, per_block: int, free: int) -> int:
     """Blocks of the KV cache, each of `per_block` bytes."""
-    free, entry, size = free_memory(), settings.cache_max_entry_count, settings.cache_block_seq_len
+    entry, size = settings.cache_max_entry_count, settings.cache_block_seq_len
     if settings.cache_bytes is not None:
         blocks = settings.cache_bytes // per_block
     elif entry is None:

@@ -77,6 +77,7 @@ class LLM:
         self.engine = assembly.engine(loaded, settings, placement, self.requests.rope)
         self.context_length = self.engine.capacity
         self.thread = EngineThread(self.engine)
+        self._cache = placement.cache
 
     def __enter__(self) -> LLM:
         return self
@@ -89,6 +90,8 @@ class LLM:
     def close(self) -> None:
         """Stop the engine; running requests end with an error. May be called twice."""
         self.thread.close()
+        if self._cache:
+            self._cache.close()
 
     @property
     def chat_format(self) -> ChatFormat:

@@ -44,6 +44,7 @@ class EngineConfig:
         rope_scaling_factor: stretch the context by dynamic NTK; 0 keeps what the model says.
         chat_template: name of a chat format; None chooses by the model.
         system_prompt: for conversations without one; None is the model's own default, "" none at all.
+        packed_cache: keep packed weights of the native runner on disk, where later loads map them.
         threads: CPU threads; None leaves it to torch.
         tp, use_logn_attn: must be 1 and False for now.
         model_format: None, "hf" or "gguf"; the files tell.
@@ -66,6 +67,7 @@ class EngineConfig:
     chat_template: str | None = None
     system_prompt: str | None = None
     threads: int | None = None
+    packed_cache: bool = True
     weights: str = "auto"
     kv_cache: str = "auto"
     quant_policy: int = 0

@@ -34,9 +34,10 @@ def native(weights: str, kv_cache: str, threads: int = 2) -> Any:
     def make(model: Any, blocks: int, size: int) -> NativeRunner:
         context = Context(threads)
         lowering = Lowering(model, weights=weights, context=context)
-        lowering.plan({name: ("F32",) for name, _ in model.named_parameters()})
+        lowering.plan({name: ("F32",) for name, _ in model.named_parameters()}, {})
         for name, parameter in model.named_parameters():
-            lowering.take(name, lambda p=parameter: p.detach().float(), lambda: None)  # type: ignore[misc]
+            rows = (parameter.detach().float(), np.arange(len(parameter), dtype=np.int32))
+            lowering.take(name, lambda rows=rows, raw=False: iter([rows]))  # type: ignore[misc]
         return NativeRunner(
             lowering,
             model.config,

@@ -106,6 +106,12 @@ class TensorSource(Protocol):
             CheckpointError: there is no such tensor, or the file can no longer be mapped.
         """
 
+    def forget(self) -> None:
+        """Give back the memory of what was read by `raw` so far; views stay valid, and take memory again when used."""
+
+    def state(self) -> dict[str, tuple[int, ...]]:
+        """For each of the files that are open, by its path, what changes when its content does."""
+
     def close(self) -> None: ...
     def __enter__(self) -> TensorSource: ...
     def __exit__(
@@ -121,6 +127,12 @@ class FileSource(ABC):
         self.path = file.path
         self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata))
         self.infos: Mapping[str, TensorInfo] = MappingProxyType({info.name: info for info in infos})
+
+    def forget(self) -> None:
+        self._file.forget()
+
+    def state(self) -> dict[str, tuple[int, ...]]:
+        return self._file.state()
 
     def close(self) -> None:
         self._file.close()

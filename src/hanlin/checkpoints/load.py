@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hanlin.checkpoints.description import Description, describe_directory, describe_gguf
@@ -17,19 +19,44 @@ from hanlin.errors import CheckpointError, problems
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import build, read_config
 
-__all__ = ["Loaded", "Taker", "load_model", "load_tensors"]
+__all__ = ["Loaded", "Read", "Rows", "Taker", "load_model", "load_tensors"]
 
 Progress = Callable[[int, int], None]
+
+
+# Parameters this large are read first, while there is still room: what it takes to convert one comes on top.
+_LARGE = 1 << 28
+
+
+class Rows(NamedTuple):
+    """What one stored tensor gives of a parameter.
+
+    Attributes:
+        values: a tensor (rows, ...); or the stored bytes (rows, bytes of a row), valid until the next one is asked for.
+        order: int32 (rows,), the row of the parameter that each becomes.
+    """
+
+    values: Any
+    order: NDArray[np.int32]
+
+
+class Read(Protocol):
+    """Reads a parameter, one stored tensor after the other."""
+
+    def __call__(self, *, raw: bool = False) -> Iterator[Rows]: ...
 
 
 class Taker(Protocol):
     """Somebody who keeps parameters in a form of his own, instead of the module."""
 
-    def plan(self, stored: Mapping[str, tuple[str, ...]]) -> None:
-        """Told once, before anything is read, in which dtypes each parameter is stored."""
+    def plan(self, stored: Mapping[str, tuple[str, ...]], files: Mapping[str, tuple[int, ...]]) -> None:
+        """Told once, before anything is read, in which dtypes each parameter is stored, and the files' state."""
 
-    def take(self, name: str, dense: Callable[[], Tensor], raw: Callable[[], Tensor]) -> bool:
-        """Offered every parameter: dense values, or the raw bytes of its rows; True when it took it."""
+    def take(self, name: str, read: Read) -> bool:
+        """Offered every parameter; True when it took it."""
+
+    def finish(self, files: Mapping[str, tuple[int, ...]]) -> None:
+        """Told that everything was read, and the files' state now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +76,14 @@ def load_model(
     device: torch.device,
     progress: Progress | None = None,
     taker: Callable[[nn.Module], Taker] | None = None,
+    admit: Callable[[TensorSource], None] | None = None,
 ) -> Loaded:
     """Load a model directory or a `.gguf` file; peak memory is the weights and one tensor.
 
     Args:
         progress: called with (bytes done, bytes in all).
         taker: given the model on the meta device, makes whoever takes parameters before the module does.
+        admit: shown the files before anything is made of them; refuses them by raising.
 
     Raises:
         CheckpointError: broken files, and every missing, unexpected or misshapen tensor at once.
@@ -65,6 +94,8 @@ def load_model(
         raise CheckpointError(f"{path}: neither a model directory nor a .gguf file")
     description = None if gguf else describe_directory(path)  # the cheap and common errors come first
     with open_source(path) as source:
+        if admit:
+            admit(source)
         description = description or describe_gguf(source)
         config = read_config(description.values)
         model = build(config, dtype=dtype)
@@ -88,22 +119,31 @@ def load_tensors(
     total = sum(info.nbytes for info in infos.values())
     done = 0
     if taker:
-        taker.plan({name: tuple(infos[part].dtype for part in recipe.sources) for name, recipe in wanted.items()})
-    for name, recipe in wanted.items():
-
-        def dense(recipe: Recipe = recipe) -> Tensor:
-            return recipe.join([source.load(part) for part in recipe.sources])
-
-        def raw(recipe: Recipe = recipe) -> Tensor:
-            stored = (source.raw(part).reshape(infos[part].shape[0], -1) for part in recipe.sources)
-            return recipe.join([torch.from_numpy(rows.copy()) for rows in stored])
-
-        if not (taker and taker.take(name, dense, raw)):
-            place(model, name, dense(), parameters[name].dtype, device)
-        done += sum(infos[part].nbytes for part in recipe.sources)
+        stored = {name: tuple(infos[part].dtype for part in recipe.sources) for name, recipe in wanted.items()}
+        taker.plan(stored, source.state())
+    sizes = {name: sum(infos[part].nbytes for part in recipe.sources) for name, recipe in wanted.items()}
+    for name in sorted(wanted, key=lambda name: -sizes[name] if sizes[name] >= _LARGE else 0):
+        recipe = wanted[name]
+        if not (taker and taker.take(name, _reader(source, recipe))):
+            value = recipe.join([source.load(part) for part in recipe.sources])
+            place(model, name, value, parameters[name].dtype, device)
+        done += sizes[name]
         if progress:
             progress(done, total)
+    if taker:
+        taker.finish(source.state())
     tie(model, parameters)
+
+
+def _reader(source: TensorSource, recipe: Recipe) -> Read:
+    def read(*, raw: bool = False) -> Iterator[Rows]:
+        counts = [source.infos[part].shape[0] for part in recipe.sources]
+        for part, count, order in zip(recipe.sources, counts, recipe.order(counts), strict=True):
+            values = source.raw(part).reshape(count, -1) if raw else source.load(part)
+            yield Rows(values, order)
+            source.forget()
+
+    return read
 
 
 def place(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:

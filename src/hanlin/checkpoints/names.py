@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hanlin.models.config import DecoderConfig
@@ -31,8 +34,14 @@ class Recipe:
     heads: tuple[int, ...]
     groups: int = 0
 
+    def order(self, counts: Sequence[int]) -> list[NDArray[np.int32]]:
+        """For each source, of so many rows, the rows of the parameter that they become: (count,) each."""
+        ends = list(accumulate(counts))
+        parts = [torch.arange(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        return np.split(self.join(parts).argsort().int().numpy(), ends[:-1])
+
     def join(self, tensors: list[Tensor]) -> Tensor:
-        """The parameter's rows; works alike on dense rows and on raw bytes of quantised rows."""
+        """The parameter, of dense rows or of anything else that there is one of for each row."""
         parts = [unpermute(t, h) if h else t for t, h in zip(tensors, self.heads, strict=True)]
         if not self.groups:
             (only,) = parts

@@ -210,6 +210,13 @@ class ShardedSource:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         return self._owner(name).raw(name)
 
+    def forget(self) -> None:
+        for source in self._sources:
+            source.forget()
+
+    def state(self) -> dict[str, tuple[int, ...]]:
+        return {path: state for source in self._sources for path, state in source.state().items()}
+
     def close(self) -> None:
         for source in self._sources:
             source.close()

@@ -88,6 +88,21 @@ class StoredFile:
         """Bytes of the mapped file, without a copy; they stay valid after `close`."""
         return np.frombuffer(self.map(), np.uint8, nbytes, offset)
 
+    def forget(self) -> None:
+        """Let go of the mapped pages that were touched: they count as memory. Touched again, they come back."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def state(self) -> dict[str, tuple[int, ...]]:
+        """By its path, what changes when the file's content does: which file it is, its size and its times.
+
+        Of the file that is open, whatever stands at its path by now. The change time can't be set by programs.
+        """
+        with self._told():
+            now = os.fstat(self._file.fileno())
+            path = str(self.path.resolve())
+        return {path: (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)}
+
     def close(self) -> None:
         self._file.close()
         mapping, self._mapping = self._mapping, None

@@ -6,9 +6,11 @@ rest; biases likewise. The model on the meta device says what there is (`ModelPa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hanlin.errors import ConfigError, problems
-from hanlin.kernels.native import Arena, Context, Kind, PackedWeight, Source, packed_bytes
+from hanlin.kernels.native import Arena, Context, Kind, PackedWeight, Source, library_path, packed_bytes
+from hanlin.kernels.packed_cache import PAGE, PackedCache, PackedKey, digest_of_files
 from hanlin.layers.linear import Linear
 from hanlin.models.parts import HasParts, ModelParts
 
@@ -45,7 +48,6 @@ _LOSSLESS = {
     "Q8_0": (Kind.INT8, Source.Q8_0),
 }
 _FEW_BITS = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-_TABLES = {torch.float32: Source.F32, torch.float16: Source.F16, torch.bfloat16: Source.BF16}
 
 
 @dataclass(kw_only=True)
@@ -83,18 +85,23 @@ class Block(NamedTuple):
 class Lowering:
     """Collects a model's weights while its files are read.
 
-    Use: `plan` with what the files hold, then `take` for every parameter. What it takes stays out of the module.
+    Use: `plan` with what the files hold, then `take` for every parameter, then `finish`. What it takes stays out of the
+    module. With a cache, a plan that was carried out before is there already, and nothing is read.
+
+    Attributes:
+        cached: whether the weights come from the cache, known after `plan`.
 
     Raises:
         ConfigError: weight kinds that a shape cannot have, all of them at once.
     """
 
-    def __init__(self, model: HasParts, *, weights: str, context: Context) -> None:
+    def __init__(self, model: HasParts, *, weights: str, context: Context, cache: PackedCache | None = None) -> None:
         if weights != "auto" and weights not in KINDS:
             raise ConfigError(f"weights must be one of auto, {', '.join(KINDS)}, not {weights!r}")
         assert isinstance(model, nn.Module)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._weights, self._context = weights, context
+        self._weights, self._context, self._cache = weights, context, cache
+        self.cached = False
         parts: ModelParts = model.parts()
         config = model.config
         sizes = {
@@ -139,8 +146,11 @@ class Lowering:
         table = self.table.nbytes if self.table is not None else 0
         return sum(slot.weight.nbytes for slot in self.slots if slot.weight is not None) + table
 
-    def plan(self, stored: Mapping[str, tuple[str, ...]]) -> None:
-        """Choose each weight's kind by the dtypes that its parameters are stored in, and take the memory."""
+    def plan(self, stored: Mapping[str, tuple[str, ...]], files: Mapping[str, tuple[int, ...]]) -> None:
+        """Choose each weight's kind by the dtypes that its parameters are stored in, and take or find the memory.
+
+        `files` gives the model's files and the state they are in: numbers that change when a file does.
+        """
         if not self.tied and set(stored[self._embedding]) & set(_LOSSLESS) and self._weights == "auto":
             rows, width = self._embedding_shape
             self.embedding = Slot(out=rows, in_=width, places={self._embedding: np.arange(rows, dtype=np.int32)})
@@ -152,29 +162,68 @@ class Lowering:
                 found.append(f"'{name}' has {slot.in_} columns, not a multiple of {slot.group or 32}")
         if found:
             raise ConfigError(problems(f"weights={self._weights!r}", found, "Use weights='bfloat16' or 'float32'."))
-        sizes = (packed_bytes(slot.kind, slot.out, slot.in_, slot.group) for slot in self.slots)
-        arena = Arena(sum(-(-size // 64) * 64 for size in sizes))
+        self._lay_out(stored, files)
+
+    def take(self, name: str, read: Callable[..., Iterator[tuple[Any, NDArray[np.int32]]]]) -> bool:
+        """Pack a parameter, if it belongs to a packed weight or is the embedding's table; else False.
+
+        `read(raw=...)` gives pieces of it, dense or as stored, and which rows of it they are.
+        """
+        for slot in self.slots:
+            if name in slot.places and not self.cached:
+                assert slot.weight is not None
+                for rows, order in read(raw=slot.blocks is not None):
+                    source = rows.contiguous() if slot.blocks is None else rows
+                    self._context.pack(slot.weight, source, blocks=slot.blocks, place=slot.places[name][order])
+            if name in slot.biases and not self.cached:
+                assert slot.bias is not None
+                for rows, order in read():
+                    slot.bias[slot.biases[name][order]] = rows.float().numpy()
+            if name in slot.places or name in slot.biases:
+                return True
+        if name != self._embedding or self.table is None:
+            return False
+        if not self.cached:
+            ((rows, _),) = read()
+            self.table.copy_(rows)
+        return True
+
+    def finish(self, files: Mapping[str, tuple[int, ...]]) -> None:
+        """All is packed: have it written to the cache, if the files are still what they were."""
+        if self._cache and not self.cached and self._files == files:
+            self._cache.store(self._key, self._arena)
+
+    def _lay_out(self, stored: Mapping[str, tuple[str, ...]], files: Mapping[str, tuple[int, ...]]) -> None:
+        """One arena for everything that `take` takes: weights, then biases, then the embedding's table."""
+        dtype = torch.float32 if self._weights == "float32" else torch.bfloat16
+        table = torch.Size() if self.tied or self.embedding is not None else torch.Size(self._embedding_shape)
+        sizes = [packed_bytes(slot.kind, slot.out, slot.in_, slot.group) for slot in self.slots]
+        sizes += [4 * slot.out for slot in self.slots if slot.biases]
+        sizes += [table.numel() * dtype.itemsize] if table else []
+        size = -(-sum(-(-size // 64) * 64 for size in sizes) // PAGE) * PAGE
+        self._files, self._key = files, PackedKey.of(sorted(files), sorted(files.items()), self._form(stored, size))
+        found = self._cache.find(self._key, size) if self._cache else None
+        self.cached = found is not None
+        self._arena = arena = found or Arena(size)
         for slot in self.slots:
             slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, arena=arena)
-
-    def take(self, name: str, dense: Callable[[], Tensor], raw: Callable[[], Tensor]) -> bool:
-        """Pack a parameter, if it belongs to a packed weight or is the embedding's table; else False."""
         for slot in self.slots:
-            if name in slot.places:
-                assert slot.weight is not None
-                source = dense() if slot.blocks is None else raw()
-                self._context.pack(slot.weight, source.contiguous(), blocks=slot.blocks, place=slot.places[name])
-                return True
-            if name in slot.biases:
-                slot.bias = np.zeros(slot.out, np.float32) if slot.bias is None else slot.bias
-                slot.bias[slot.biases[name]] = dense().float().numpy()
-                return True
-        if name == self._embedding:
-            table = dense()
-            dtype = torch.float32 if self._weights == "float32" or table.dtype not in _TABLES else torch.bfloat16
-            self.table = table.to(dtype, copy=True).contiguous()
-            return True
-        return False
+            if slot.biases:
+                slot.bias = np.frombuffer(arena.view(arena.take(4 * slot.out), 4 * slot.out), np.float32)
+        if table:
+            memory = arena.view(arena.take(sizes[-1]), sizes[-1])
+            self.table = torch.frombuffer(memory, dtype=dtype).view(table)
+
+    def _form(self, stored: Mapping[str, tuple[str, ...]], size: int) -> Iterator[object]:
+        """All that decides about a byte of the arena, beside the files' content."""
+        package = Path(__file__).parents[1]
+        rooms = [path for room in ("checkpoints", "kernels", "models") for path in (package / room).glob("*.py")]
+        yield digest_of_files([*rooms, Path(__file__), library_path()])
+        yield self._context.isa, torch.__version__, self._weights, size, sorted(stored.items())
+        for slot in self.slots:
+            yield slot.kind, slot.group, slot.out, slot.in_, slot.blocks
+            for name, rows in (*slot.places.items(), *slot.biases.items()):
+                yield name, blake2b(rows.tobytes(), digest_size=16).digest()
 
     def _slot(
         self,

@@ -37,6 +37,7 @@ __all__ = [
     "Source",
     "available",
     "describe",
+    "huge_pages",
     "library_path",
     "packed_bytes",
     "unavailable_reason",
@@ -211,6 +212,14 @@ def default_threads() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
+def huge_pages() -> bool:
+    """Whether the system grants huge pages to memory that asks for them."""
+    setting = ""
+    with contextlib.suppress(OSError):
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().partition("[")[2].partition("]")[0]
+    return setting in ("always", "madvise")
+
+
 def describe() -> dict[str, Any]:
     """For `hanlin doctor`: what is compiled, what this CPU can run, what would be used."""
     found: dict[str, Any] = {"available": available(), "library": str(library_path()), "reason": unavailable_reason()}
@@ -218,16 +227,12 @@ def describe() -> dict[str, Any]:
         return found
     forced = os.environ.get(ISA_VARIABLE)
     supported = supported_isas()
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    setting = ""
-    with contextlib.suppress(OSError):
-        setting = pages.read_text().partition("[")[2].partition("]")[0]
     return found | {
         "compiled": compiled_isas(),
         "supported": supported,
         "isa": forced or supported[0],
         "threads": default_threads(),
-        "huge_pages": setting in ("always", "madvise"),
+        "huge_pages": huge_pages(),
     }
 
 
@@ -273,19 +278,32 @@ class Arena:
     One arena for all of a model's weights: huge pages come in 2 MiB, and a matrix of a small model is smaller than
     that. The memory goes back to the system when the arena and every piece of it are gone.
 
+    Args:
+        size: in bytes.
+        memory: uint8 (size,) to give out, such as a mapped file, instead of fresh memory.
+
     Raises:
         CapacityError: when the system refuses `size` bytes.
     """
 
-    def __init__(self, size: int) -> None:
-        library = _library()
-        memory = ctypes.c_void_p()
-        _check(library, library.hl_alloc(size, ctypes.byref(memory)))
+    def __init__(self, size: int, memory: Any = None) -> None:
         self.size = size
         self.used = 0
-        self._base = memory.value or 0
+        self._memory = memory
+        if memory is not None:
+            self._base = _pointer(memory, "memory", ("uint8",), (size,))
+            return
+        library = _library()
+        fresh = ctypes.c_void_p()
+        _check(library, library.hl_alloc(size, ctypes.byref(fresh)))
+        self._base = fresh.value or 0
         if self._base:
             weakref.finalize(self, library.hl_free, self._base, size)
+
+    @property
+    def whole(self) -> memoryview:
+        """All of its bytes, writable."""
+        return self.view(self._base, self.size)
 
     def take(self, size: int) -> int:
         """The address of `size` fresh bytes. The arena must outlive their use.
