@@ -43,7 +43,7 @@ __all__ = [
     "unavailable_reason",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 TILE = 32  # outputs that are stored together
 ADD, SILU_MUL, GELU = 1, 2, 4  # what happens to a product before it is written
 
@@ -105,6 +105,7 @@ class Weight(ctypes.Structure):
         ("out", ctypes.c_int64),
         ("in_", ctypes.c_int64),
         ("data", ctypes.c_void_p),
+        ("inputs", ctypes.c_int32),
     )
 
 
@@ -346,6 +347,7 @@ class PackedWeight:
         kind: how values are stored.
         out, in_: rows and columns; `y = x @ w.T`.
         group: columns that share a scale: 32, 64 or 128 for grouped kinds (in_ must be a multiple), else 0.
+        wide: integer kinds round what they multiply to 16 bits instead of 8; the packed bytes are the same.
         nbytes: its size.
 
     Raises:
@@ -353,12 +355,14 @@ class PackedWeight:
         CapacityError: when there is no memory for it.
     """
 
-    def __init__(self, kind: Kind, out: int, in_: int, group: int = 0, *, arena: Arena | None = None) -> None:
-        self.kind, self.out, self.in_, self.group = Kind(kind), out, in_, group
+    def __init__(
+        self, kind: Kind, out: int, in_: int, group: int = 0, *, wide: bool = False, arena: Arena | None = None
+    ) -> None:
+        self.kind, self.out, self.in_, self.group, self.wide = Kind(kind), out, in_, group, wide
         self.nbytes = packed_bytes(self.kind, out, in_, group)
         self._arena = arena if arena is not None else Arena(self.nbytes)
         self._address = self._arena.take(self.nbytes)
-        self.struct = Weight(kind=int(self.kind), group=group, out=out, in_=in_, data=self._address)
+        self.struct = Weight(kind=int(self.kind), group=group, out=out, in_=in_, data=self._address, inputs=int(wide))
 
     def __repr__(self) -> str:
         group = f", group={self.group}" if self.group else ""

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define HL_ABI_VERSION 1
+#define HL_ABI_VERSION 2
 
 typedef enum hl_status {
   HL_OK = 0,
@@ -99,8 +99,13 @@ typedef struct hl_weight {
   int32_t kind;  /* hl_kind */
   int32_t group; /* 32, 64 or 128; 0 for HL_F32, HL_BF16, HL_INT8_ROW */
   int64_t out, in;
-  void* data; /* hl_packed_bytes() bytes, aligned to 64; zeros are a valid weight of zeros */
+  void* data;      /* hl_packed_bytes() bytes, aligned to 64; zeros are a valid weight of zeros */
+  int32_t inputs;  /* hl_inputs: how finely integer kinds round what they multiply; the packed bytes are the same */
 } hl_weight;
+
+/* Integer kinds round 32 inputs at a time to whole numbers with a common scale: to 8 bits, or to 16, which are two
+ * products of 8 instead of one. Sixteen cost arithmetic (many rows), not memory (few). */
+typedef enum hl_inputs { HL_INPUTS_8 = 0, HL_INPUTS_16 = 1 } hl_inputs;
 
 /* Bytes of a packed weight, or a negative hl_status. */
 HL_API int64_t hl_packed_bytes(int32_t kind, int64_t out, int64_t in, int32_t group);
@@ -147,8 +152,8 @@ enum {
 };
 
 /* y (rows, out) = x (rows, in) @ weight.T + bias. bias (out,) in the weight's order of outputs, or NULL.
- * Integer kinds round x to int8, symmetric, per row and per 32 inputs (scale = absmax / 127, to nearest even); HL_BF16
- * rounds x to bfloat16. A row with a value that is not finite gives NaN, in that row only. */
+ * Integer kinds round x to int8, symmetric, per row and per 32 inputs (scale = absmax / 127, to nearest even), and with
+ * HL_INPUTS_16 what that leaves to 1 / 256 of the scale; HL_BF16 rounds x to bfloat16. A row with a value that is not finite gives NaN, in that row only. */
 HL_API int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* x, int64_t ldx, int64_t rows, float* y,
                          int64_t ldy, const float* bias, int32_t flags);
 

@@ -7,6 +7,7 @@ namespace hl {
 const char* weight_problem(const hl_weight& w) {
   constexpr int64_t most = int64_t{1} << 31;
   if (w.kind < HL_F32 || w.kind > HL_INT4_ZERO) return "unknown kind";
+  if (w.inputs != HL_INPUTS_8 && w.inputs != HL_INPUTS_16) return "inputs must be HL_INPUTS_8 or HL_INPUTS_16";
   if (w.out < 1 || w.in < 1 || w.out >= most || w.in >= most) return "out and in must be in 1..2^31-1";
   if (!is_grouped(w.kind)) return w.group == 0 ? nullptr : "group must be 0 for this kind";
   if (w.group != 32 && w.group != 64 && w.group != 128) return "group must be 32, 64 or 128";
@@ -15,7 +16,7 @@ const char* weight_problem(const hl_weight& w) {
 
 void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows,
             void* scratch, const Epilogue& out) {
-  const Act act = act_of(w.kind);
+  const Act act = act_of(w);
   const int64_t stride = act_stride(act, w.in);
   const Range mine = team.split(rows);
   for (int64_t r = mine.begin; r < mine.end; r++)
@@ -28,7 +29,7 @@ void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const 
 }  // namespace hl
 
 extern "C" int64_t hl_packed_bytes(int32_t kind, int64_t out, int64_t in, int32_t group) {
-  const hl_weight w = {kind, group, out, in, nullptr};
+  const hl_weight w = {kind, group, out, in, nullptr, HL_INPUTS_8};
   if (const char* problem = hl::weight_problem(w)) return hl::fail(HL_ERR_ARGUMENT, "weight: %s", problem);
   const int64_t tile = hl::tile_bytes(w);
   if (hl::tiles_of(w) > (INT64_MAX >> 1) / tile) return hl::fail(HL_ERR_ARGUMENT, "weight: too large");
@@ -54,7 +55,7 @@ extern "C" int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* 
   if (rows == 0) return HL_OK;
   return hl::guarded([&]() -> int32_t {
     std::lock_guard<std::mutex> lock(ctx->busy);
-    void* scratch = ctx->scratch.reserve(rows * hl::act_stride(hl::act_of(weight->kind), weight->in));
+    void* scratch = ctx->scratch.reserve(rows * hl::act_stride(hl::act_of(*weight), weight->in));
     const hl::Epilogue out = {y, ldy, bias, flags};
     ctx->pool.run(
         [&](const hl::Team& team) { hl::linear(team, *ctx->isa->linear, *weight, x, ldx, rows, scratch, out); });

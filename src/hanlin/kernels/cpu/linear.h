@@ -12,9 +12,12 @@
 namespace hl {
 
 // In what form a weight kind wants its input rows.
-enum class Act : int32_t { f32, bf16, int8 };
+enum class Act : int32_t { f32, bf16, int8, int16 };
+static constexpr int acts = 4;
 
-static constexpr Act act_of(int32_t kind) { return kind == HL_F32 ? Act::f32 : kind == HL_BF16 ? Act::bf16 : Act::int8; }
+static constexpr Act act_of(const hl_weight& w) {
+  return w.kind == HL_F32 ? Act::f32 : w.kind == HL_BF16 ? Act::bf16 : w.inputs == HL_INPUTS_16 ? Act::int16 : Act::int8;
+}
 
 // 32 inputs rounded to int8: x = scale * q. The sums let weights be stored unsigned.
 struct ActGroup {
@@ -26,13 +29,20 @@ struct ActGroup {
 };
 static_assert(sizeof(ActGroup) == 48, "kernels count on it");
 
-// Bytes of one prepared row; a multiple of 64. A buffer of prepared rows is aligned to 64.
-static constexpr int64_t act_stride(Act act, int64_t in) {
-  const int64_t bytes = act == Act::f32    ? in * 4
-                        : act == Act::bf16 ? (in + 1) / 2 * 4
-                                           : (in + 31) / 32 * int64_t(sizeof(ActGroup));
-  return (bytes + 63) / 64 * 64;
+// The same with 16 bits: x = scale * (256 * q + low), and the sums are of 256 * q + low.
+struct ActWide {
+  ActGroup high;
+  int8_t low[32];
+};
+static_assert(sizeof(ActWide) == 80, "kernels count on it");
+
+// Bytes of `in` prepared inputs, and of one prepared row: a multiple of 64. A buffer of rows is aligned to 64.
+static constexpr int64_t act_bytes(Act act, int64_t in) {
+  return act == Act::f32    ? in * 4
+         : act == Act::bf16 ? (in + 1) / 2 * 4
+                            : (in + 31) / 32 * int64_t(act == Act::int8 ? sizeof(ActGroup) : sizeof(ActWide));
 }
+static constexpr int64_t act_stride(Act act, int64_t in) { return (act_bytes(act, in) + 63) / 64 * 64; }
 
 static constexpr bool is_grouped(int32_t kind) { return kind >= HL_INT8; }
 static constexpr bool is_int4(int32_t kind) { return kind >= HL_INT4; }
@@ -83,9 +93,6 @@ struct LinearKernels {
 // barrier, multiplies. No barrier at the end.
 void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows,
             void* scratch, const Epilogue& out);
-
-// Row `out` of a weight as `in` floats.
-void unpack_row(const hl_weight& w, int64_t out, float* x);
 
 // Row `out` of a weight as `in` floats.
 void unpack_row(const hl_weight& w, int64_t out, float* x);

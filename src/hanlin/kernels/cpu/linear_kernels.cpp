@@ -42,32 +42,30 @@ HL_INLINE void fetch_ahead(const Panel& x, const uint8_t* tile, const uint8_t* a
 
 // ---- integer kinds --------------------------------------------------------------------------------------------------
 
+template <bool Wide>
 HL_INLINE const ActGroup& sub_of(const Panel& x, int row, int64_t sub) {
-  return *reinterpret_cast<const ActGroup*>(x.rows + row * x.stride + sub * static_cast<int64_t>(sizeof(ActGroup)));
+  constexpr int64_t size = Wide ? sizeof(ActWide) : sizeof(ActGroup);
+  return *reinterpret_cast<const ActGroup*>(x.rows + row * x.stride + sub * size);
 }
 
-// One sub: dots[r][h] = sum over 32 inputs of code * x, less the offset that symmetric kinds store their codes with.
-template <int Kind, int R>
-HL_INLINE void sub_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0, I (&dots)[R][halves]) {
-  HL_UNROLL for (int r = 0; r < R; r++) {
-    I start = set1i(0);
-    if (Kind == HL_INT4) start = shl<3>(set1i(sub_of(x, r, sub).neg_sum));
-    if (!is_int4(Kind) && !signed_u8) start = shl<7>(set1i(sub_of(x, r, sub).neg_sum));
-    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = start;
-  }
+// dots[r][h] += sum over 32 inputs of code * x; `low`: of the second eight bits, which stand behind the first.
+template <int Kind, int R, bool Wide>
+HL_INLINE void plane_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0, bool low, I (&dots)[R][halves]) {
+  const int64_t plane = low ? offsetof(ActWide, low) : offsetof(ActGroup, q);
+  const auto codes_of = [&](int r) { return reinterpret_cast<const int8_t*>(&sub_of<Wide>(x, r, sub)) + plane; };
   if (is_int4(Kind)) {
     HL_UNROLL for (int pair = 0; pair < 4; pair++) {
-      B low[halves], high[halves];
+      B first[halves], second[halves];
       HL_UNROLL for (int h = 0; h < halves; h++) {
         const B both = load_b(w + (2 * pair + half0 + h) * 64);
-        low[h] = low_nibbles(both);
-        high[h] = high_nibbles(both);
+        first[h] = low_nibbles(both);
+        second[h] = high_nibbles(both);
       }
       HL_UNROLL for (int r = 0; r < R; r++) {
-        const int8_t* q = sub_of(x, r, sub).q + 8 * pair;
+        const int8_t* q = codes_of(r) + 8 * pair;
         const I a = quad(q), b = quad(q + 4);
-        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], low[h], a);
-        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], high[h], b);
+        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], first[h], a);
+        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], second[h], b);
       }
     }
   } else {
@@ -75,14 +73,35 @@ HL_INLINE void sub_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0
       B codes[halves];
       HL_UNROLL for (int h = 0; h < halves; h++) codes[h] = load_b(w + (2 * quads + half0 + h) * 64);
       HL_UNROLL for (int r = 0; r < R; r++) {
-        const I a = quad(sub_of(x, r, sub).q + 4 * quads);
+        const I a = quad(codes_of(r) + 4 * quads);
         HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u8(dots[r][h], codes[h], a);
       }
     }
   }
 }
 
-template <int Kind, int R>
+// One sub, less the offset that symmetric kinds store their codes with.
+template <int Kind, int R, bool Wide>
+HL_INLINE void sub_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0, I (&dots)[R][halves]) {
+  constexpr bool offset4 = Kind == HL_INT4, offset8 = !is_int4(Kind) && !signed_u8;
+  const auto offset = [&](int r) {
+    const I neg_sum = set1i(sub_of<Wide>(x, r, sub).neg_sum);
+    return offset4 ? shl<3>(neg_sum) : offset8 ? shl<7>(neg_sum) : set1i(0);
+  };
+  HL_UNROLL for (int r = 0; r < R; r++) {
+    const I start = Wide ? set1i(0) : offset(r);
+    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = start;
+  }
+  plane_dots<Kind, R, Wide>(w, x, sub, half0, false, dots);
+  if (!Wide) return;
+  HL_UNROLL for (int r = 0; r < R; r++) {
+    const I more = offset(r);
+    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = addi(shl<8>(dots[r][h]), more);
+  }
+  plane_dots<Kind, R, Wide>(w, x, sub, half0, true, dots);
+}
+
+template <int Kind, int R, bool Wide>
 void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Results& results) {
   const int64_t subs = (weight.in + 31) / 32, subs_per_group = Kind == HL_INT8_ROW ? subs : weight.group / 32;
   for (int half0 = 0; half0 < 2; half0 += halves) {
@@ -101,7 +120,7 @@ void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Res
           until_fetch = x.every - 1;
         }
         I dots[R][halves];
-        sub_dots<Kind, R>(w, x, sub, half0, dots);
+        sub_dots<Kind, R, Wide>(w, x, sub, half0, dots);
         F scale[halves], offset[halves];
         HL_UNROLL for (int h = 0; h < halves && Kind != HL_INT8_ROW; h++) {
           scale[h] = load_f16(scales + 16 * (half0 + h));
@@ -109,11 +128,11 @@ void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Res
           if (Kind == HL_INT4_ZERO) offset[h] = mul(offset[h], mul(scale[h], set1(-1.0f)));
         }
         HL_UNROLL for (int r = 0; r < R; r++) {
-          const F x_scale = set1(sub_of(x, r, sub).scale);
+          const F x_scale = set1(sub_of<Wide>(x, r, sub).scale);
           HL_UNROLL for (int h = 0; h < halves; h++) {
             const F factor = Kind == HL_INT8_ROW ? x_scale : mul(scale[h], x_scale);
             sums[r][h] = fma(to_float(dots[r][h]), factor, sums[r][h]);
-            if (has_offsets(Kind)) sums[r][h] = fma(offset[h], set1(sub_of(x, r, sub).scaled_sum), sums[r][h]);
+            if (has_offsets(Kind)) sums[r][h] = fma(offset[h], set1(sub_of<Wide>(x, r, sub).scaled_sum), sums[r][h]);
           }
         }
       }
@@ -236,18 +255,18 @@ void write_panel(const Results& results, int64_t rows, int64_t row0, int64_t til
 using PanelFunction = void (*)(const hl_weight&, const uint8_t*, const Panel&, Results&);
 
 template <int Kind, int R>
-constexpr PanelFunction panel_function() {
+constexpr PanelFunction panel_function(bool wide) {
   if constexpr (Kind == HL_F32) return f32_panel<R>;
   else if constexpr (Kind == HL_BF16) return bf16_panel<R>;
-  else return int_panel<Kind, R>;
+  else return wide ? int_panel<Kind, R, true> : int_panel<Kind, R, false>;
 }
 
 constexpr int most_rows(int kind) { return kind == HL_F32 || kind == HL_BF16 ? float_rows : int_rows; }
 
 template <int Kind, int R = most_rows(Kind)>
-PanelFunction choose(int64_t rows) {
-  if constexpr (R > 1) return rows == R ? panel_function<Kind, R>() : choose<Kind, R - 1>(rows);
-  else return panel_function<Kind, 1>();
+PanelFunction choose(int64_t rows, bool wide) {
+  if constexpr (R > 1) return rows == R ? panel_function<Kind, R>(wide) : choose<Kind, R - 1>(rows, wide);
+  else return panel_function<Kind, 1>(wide);
 }
 
 // As few panels as there can be, as even as they can be: 8 rows are 4 + 4, not 6 + 2.
@@ -268,7 +287,7 @@ void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t
       const int64_t row0 = n_rows * panel / panels, height = n_rows * (panel + 1) / panels - row0;
       const Panel x = {rows + row0 * stride, stride, data + distance, fetch && tile + 1 < tile1 ? panel : -1, panels};
       Results results;
-      choose<Kind>(height)(w, data, x, results);
+      choose<Kind>(height, w.inputs == HL_INPUTS_16)(w, data, x, results);
       write_panel(results, height, row0, tile, w.out, out);
     }
   }
@@ -299,13 +318,14 @@ void product(const hl_weight& w, const void* rows, int64_t stride, int64_t n_row
 
 // A group of zeros, or of values too small to divide by, has scale 0; one with a value that is not finite has scale
 // NaN.
-void prepare_int8(const float* x, int n, ActGroup* out) {
+template <bool Wide>
+void prepare_int(const float* x, int n, ActGroup* out) {
   const F a = load(x, n < 16 ? n : 16), b = n > 16 ? load(x + 16, n - 16) : zero();
   const I magnitude = set1i(0x7FFFFFFF);
   const int32_t top = hmax(maxi(andi(bits(a), magnitude), andi(bits(b), magnitude)));
   float largest;
   memcpy(&largest, &top, 4);
-  memset(out, 0, sizeof *out);
+  memset(out, 0, Wide ? sizeof(ActWide) : sizeof(ActGroup));
   if (!(largest < INFINITY)) {
     out->scale = out->scaled_sum = NAN;
     return;
@@ -315,8 +335,18 @@ void prepare_int8(const float* x, int n, ActGroup* out) {
   const I qa = to_int(mul(a, set1(inverse))), qb = to_int(mul(b, set1(inverse)));
   store_i8(out->q, qa);
   store_i8(out->q + 16, qb);
-  const int32_t total = sum(addi(qa, qb));
+  int32_t total = sum(addi(qa, qb));
   out->scale = largest / 127.0f;
+  if (Wide) {  // what the first eight bits leave, in steps of 1 / 256 of theirs; -127..127 as products want it
+    const F back = set1(-out->scale), finer = set1(256.0f * inverse), top = set1(127.0f), bottom = set1(-127.0f);
+    const I la = to_int(max(min(mul(fma(to_float(qa), back, a), finer), top), bottom));
+    const I lb = to_int(max(min(mul(fma(to_float(qb), back, b), finer), top), bottom));
+    int8_t* low = reinterpret_cast<int8_t*>(out) + offsetof(ActWide, low);
+    store_i8(low, la);
+    store_i8(low + 16, lb);
+    total = 256 * total + sum(addi(la, lb));
+    out->scale /= 256.0f;
+  }
   out->neg_sum = -total;
   out->scaled_sum = out->scale * static_cast<float>(total);
 }
@@ -338,12 +368,12 @@ void prepare(Act act, const float* x, int64_t in, void* row) {
       memcpy(b + k, t, static_cast<size_t>(in - k) * 2);
     }
   } else {
-    ActGroup* groups = static_cast<ActGroup*>(row);
     const int64_t subs = (in + 31) / 32;
-    used = subs * static_cast<int64_t>(sizeof(ActGroup));
+    used = act_bytes(act, in);
     for (int64_t s = 0; s < subs; s++) {
-      const int64_t left = in - 32 * s;
-      prepare_int8(x + 32 * s, static_cast<int>(left < 32 ? left : 32), groups + s);
+      const int n = static_cast<int>(in - 32 * s < 32 ? in - 32 * s : 32);
+      ActGroup* group = reinterpret_cast<ActGroup*>(to + s * (used / subs));
+      act == Act::int16 ? prepare_int<true>(x + 32 * s, n, group) : prepare_int<false>(x + 32 * s, n, group);
     }
   }
   memset(to + used, 0, static_cast<size_t>(bytes - used));

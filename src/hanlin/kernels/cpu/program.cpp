@@ -208,7 +208,7 @@ class Maker {
       const hl_op& reader = from_.ops[j];
       if (multiplies(reader) && reader.in == from_.ops[i].out) {
         Prepared form;
-        form.act = act_of(program_.weights[static_cast<size_t>(reader.weight)].kind);
+        form.act = act_of(program_.weights[static_cast<size_t>(reader.weight)]);
         form.stride = act_stride(form.act, width(reader.in));
         if (std::none_of(forms.begin(), forms.end(), [&](const Prepared& f) { return f.act == form.act; }))
           forms.push_back(form);
@@ -258,7 +258,6 @@ class Maker {
     std::vector<int64_t> floats(static_cast<size_t>(from_.n_buffers));
     for (int32_t b = 0; b < from_.n_buffers; b++)
       floats[static_cast<size_t>(b)] = take(width(b) * 4, program_.max_tokens);
-    constexpr int acts = 3;
     std::vector<int64_t> prepared(static_cast<size_t>(from_.n_buffers) * acts, -1);
     const auto place = [&](int32_t buffer, const Prepared& form) -> int64_t& {
       return prepared[static_cast<size_t>(buffer) * acts + static_cast<size_t>(form.act)];
@@ -285,7 +284,7 @@ class Maker {
       if (stage.out_width > 0) stage.out = buffer_at(op.out);
       for (Prepared& form : stage.ready) form.rows = base + place(op.out, form);
       if (!multiplies(op)) continue;
-      stage.from.act = act_of(stage.weight->kind);
+      stage.from.act = act_of(*stage.weight);
       stage.from.stride = act_stride(stage.from.act, stage.in_width);
       stage.from.rows = base + place(op.in, stage.from);
     }

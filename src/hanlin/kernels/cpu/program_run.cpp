@@ -14,11 +14,7 @@ namespace {
 void prepare_part(const LinearKernels& kernels, const Prepared& form, const float* x, int64_t begin, int64_t end,
                   int64_t row) {
   char* to = form.rows + row * form.stride;
-  const auto bytes = [&](int64_t n) {
-    return form.act == Act::f32    ? n * 4
-           : form.act == Act::bf16 ? (n + 1) / 2 * 4
-                                   : (n + 31) / 32 * int64_t{sizeof(ActGroup)};
-  };
+  const auto bytes = [&](int64_t n) { return act_bytes(form.act, n); };
   constexpr int64_t step = 128;
   const int64_t whole = begin + (end - begin) / step * step;
   if (whole > begin) kernels.prepare(form.act, x + begin, whole - begin, to + bytes(begin));
