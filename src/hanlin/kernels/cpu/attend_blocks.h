@@ -7,11 +7,12 @@
 // independent of its company.
 //
 // An engine has
-//   query_bytes(padded), put_query(q, n, to, bytes)   a row of q in the form of shared units
-//   score(rows, groups, n_groups, head_size, queries, stride, scores)   rows of HL_SPAN scores
-//   weight_bytes, weigh(p, count, filled, groups, to) a row of weights p, zeros from `count` to `filled`; returns what
-//   they add up to value(rows, groups, count, padded, weights, out)  rows of `padded` floats, over the first `count`
-//   keys
+//   query_bytes(padded), put_query(q, n, to, bytes): a row of q in the form of shared units;
+//   score(rows, groups, n_groups, head_size, queries, stride, scores): rows of HL_SPAN scores;
+//   weight_bytes, weigh(scores, count, filled, softmax, groups, to): a row of weights in the form of shared units,
+//   zeros
+//     from `count` to `filled`; returns what the weights add up to, and leaves nothing of use in `scores`;
+//   value(rows, groups, count, padded, weights, out): rows of `padded` floats, over the first `count` keys.
 #pragma once
 
 #include "ops.h"
@@ -63,6 +64,50 @@ HL_INLINE float top_lane(F a) { return _mm512_reduce_max_ps(a.v); }
 constexpr int group_rows = 4;
 HL_INLINE float top_lane(F a) { return hmax(a); }
 #endif
+
+// ---- softmax -------------------------------------------------------------------------------------------------------
+
+// 2^x for x <= 0, within 2e-7 of the true value; nothing much below -126. NaN gives NaN.
+HL_INLINE F power(F x) {
+#if defined(__AVX512F__)
+  const F n = {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
+  x = max(set1(-126.0f), x);
+  const F n = floor(add(x, set1(0.5f)));
+#endif
+  const F r = sub(x, n);
+  F p = set1(0.001326472731307149f);  // the polynomial of degree 5 with the least relative error that is 1 at 0
+  p = fma(p, r, set1(0.009671512991189957f));
+  p = fma(p, r, set1(0.05550733581185341f));
+  p = fma(p, r, set1(0.24022242426872253f));
+  p = fma(p, r, set1(0.6931470036506653f));
+  p = fma(p, r, set1(1.0f));
+#if defined(__AVX512F__)
+  return {_mm512_scalef_ps(p.v, n.v)};
+#else
+  return mul(p, from_bits(shl<23>(addi(to_int(n), set1i(127)))));
+#endif
+}
+
+// A score's weight is 2^(factor * score - shift), at most 1.
+struct Softmax {
+  float factor, shift;
+};
+HL_INLINE F weight(const Softmax& s, F score) { return power(fma(score, set1(s.factor), set1(-s.shift))); }
+
+// The largest of `count` scores; NaN is passed over here, and comes back with its weight.
+HL_INLINE float highest(const float* scores, int count) {
+  F best = set1(-3.0e38f);
+  int i = 0;
+  for (; i + lanes <= count; i += lanes) best = max(load(scores + i), best);
+  if (i < count) {
+    float t[lanes];
+    store(t, set1(-3.0e38f));
+    memcpy(t, scores + i, sizeof(float) * static_cast<size_t>(count - i));
+    best = max(load(t), best);
+  }
+  return top_lane(best);
+}
 
 // ---- floats --------------------------------------------------------------------------------------------------------
 
@@ -137,12 +182,14 @@ struct FloatEngine {
   }
 
   // The sum is that of the weights as they are rounded, so that rounding does not change what they add up to.
-  static float weigh(const float* p, int count, int filled, const Groups&, uint8_t* to) {
+  static float weigh(const float* scores, int count, int filled, const Softmax& softmax, const Groups&, uint8_t* to) {
     F sums = zero();
     int i = 0;
-    for (; i + lanes <= count; i += lanes) sums = add(sums, D::put(to, i, load(p + i)));
+    for (; i + lanes <= count; i += lanes) sums = add(sums, D::put(to, i, weight(softmax, load(scores + i))));
     if (i < count) {
-      sums = add(sums, D::put(to, i, load(p + i, count - i)));
+      float t[lanes];
+      store(t, weight(softmax, load(scores + i)));
+      sums = add(sums, D::put(to, i, load(t, count - i)));
       i += lanes;
     }
     constexpr int bytes = 4 / D::per_unit;
@@ -341,12 +388,13 @@ struct CodeEngine {
   }
 
   // A weight is multiplied by its token's scale, so that codes of different tokens can be added up.
-  static float weigh(float* p, int count, int filled, const Groups& groups, uint8_t* to) {
+  static float weigh(float* scores, int count, int filled, const Softmax& softmax, const Groups& groups, uint8_t* to) {
     constexpr float most = 16383.0f;  // 128 * 127 + 127
     F sums = zero(), offsets = zero(), best = zero();
     for (int i = 0; i < count; i += lanes) {
       const uint16_t* params = groups.params[i / HL_SLOTS] + 2 * HL_SLOTS;
-      F w = load(p + i), scaled = mul(w, load_f16(params)), shifted = mul(w, load_f16(params + HL_SLOTS));
+      F w = weight(softmax, load(scores + i));
+      F scaled = mul(w, load_f16(params)), shifted = mul(w, load_f16(params + HL_SLOTS));
       if (count - i < lanes) {  // parameters of slots beyond may be anything
         float t[lanes];
         const auto cut = [&](F a) {
@@ -360,7 +408,7 @@ struct CodeEngine {
       sums = add(sums, w);
       offsets = add(offsets, shifted);
       best = max(scaled, best);
-      store(p + i, scaled);
+      store(scores + i, scaled);
     }
     const float largest = top_lane(best);
     const bool nothing = !(largest > 1e-30f);
@@ -368,7 +416,7 @@ struct CodeEngine {
     I total = set1i(0);
     int i = 0;
     for (; i < count; i += lanes) {
-      const I numbers = to_int(mul(load(p + i), inverse));
+      const I numbers = to_int(mul(load(scores + i), inverse));
       total = addi(total, numbers);
       put(to, i, numbers, 0);
     }

@@ -5,38 +5,17 @@
 namespace hl::HL_VARIANT {
 namespace {
 
-// exp(scale * (score - maximum)) of the first `count` scores, in place; returns the maximum of scale * score.
-HL_INLINE float soften(float* scores, int count, float scale) {
-  const int whole = count / lanes * lanes;
-  const F factor = set1(scale);
-  F best = set1(-3.0e38f);
-  for (int i = 0; i < whole; i += lanes) {
-    const F s = mul(load(scores + i), factor);
-    store(scores + i, s);
-    best = max(s, best);  // NaN is passed over here, and comes back with its weight
-  }
-  if (whole < count) {
-    store(scores + whole, mul(load(scores + whole), factor));
-    for (int i = count; i < whole + lanes; i++) scores[i] = -3.0e38f;
-    best = max(load(scores + whole), best);
-  }
-  const float maximum = top_lane(best);
-  for (int i = 0; i < count; i += lanes) store(scores + i, exp(sub(load(scores + i), set1(maximum))));
-  return maximum;
-}
-
-// A record, see partial_floats: [0, padded) the sum of weights times values, then the maximum, then the sum of weights.
+// A record, see partial_floats: [0, padded) the sum of weights times values; then the shift of the weights, and their
+// sum.
 void fold(float* record, const float* more, int64_t padded) {
-  const float before = record[padded], here = more[padded], maximum = before > here ? before : here;
-  const F shifts = exp(sub(load(record + padded, 1), set1(maximum))),
-          other = exp(sub(load(more + padded, 1), set1(maximum)));
-  float a[lanes], b[lanes];
-  store(a, shifts);
-  store(b, other);
-  const F keep = set1(a[0]), take = set1(b[0]);
-  for (int64_t i = 0; i < padded; i += lanes) store(record + i, fma(load(more + i), take, mul(load(record + i), keep)));
-  record[padded] = maximum;
-  record[padded + 1] = record[padded + 1] * a[0] + more[padded + 1] * b[0];
+  const float before = record[padded], here = more[padded], shift = before > here ? before : here;
+  float keep[lanes], take[lanes];
+  store(keep, power(set1(before - shift)));
+  store(take, power(set1(here - shift)));
+  for (int64_t i = 0; i < padded; i += lanes)
+    store(record + i, fma(load(more + i), set1(take[0]), mul(load(record + i), set1(keep[0]))));
+  record[padded] = shift;
+  record[padded + 1] = record[padded + 1] * keep[0] + more[padded + 1] * take[0];
 }
 
 // Which query and head a row is, how many keys it sees, and where its output goes.
@@ -121,6 +100,7 @@ void attend_with(const Attention& what, const AttendTask& task, bool widens, voi
     return kv_slots(kv, blocks[key / kv.block_size], task.kv_head, key % kv.block_size);
   };
 
+  const float factor = what.scale * 1.44269504088896341f;  // of powers of two
   int64_t keys[attend_rows], most = 0;
   for (int r = 0; r < rows; r++) {
     const Row row(what, task.sequence, task.kv_head, task.row0 + r);
@@ -159,12 +139,12 @@ void attend_with(const Attention& what, const AttendTask& task, bool widens, voi
       const int n_groups = (longest + HL_SLOTS - 1) / HL_SLOTS;
       Engine::score(height, groups, n_groups, kv.head_size, desk.queries + r0 * desk.query_bytes, desk.query_bytes,
                     desk.scores);
-      float maxima[group_rows], totals[group_rows];
+      float shifts[group_rows], totals[group_rows];
       for (int r = 0; r < height; r++) {
         float* scores = desk.scores + r * HL_SPAN;
-        maxima[r] = soften(scores, counts[r], what.scale);
-        totals[r] =
-            Engine::weigh(scores, counts[r], n_groups * HL_SLOTS, groups, desk.weights + r * Engine::weight_bytes);
+        shifts[r] = factor * highest(scores, counts[r]);
+        totals[r] = Engine::weigh(scores, counts[r], n_groups * HL_SLOTS, {factor, shifts[r]}, groups,
+                                  desk.weights + r * Engine::weight_bytes);
       }
       Engine::value(height, groups, longest, padded, desk.weights, desk.parts);
       for (int r = 0; r < height; r++) {
@@ -174,7 +154,7 @@ void attend_with(const Attention& what, const AttendTask& task, bool widens, voi
           to = what.partials + task.partial + ((span - task.span0) * int64_t{rows} + r0 + r) * record_floats;
         float* record = span == 0 || task.partial >= 0 ? to : desk.record;
         memcpy(record, desk.parts + r * padded, static_cast<size_t>(padded) * 4);
-        record[padded] = maxima[r];
+        record[padded] = shifts[r];
         record[padded + 1] = totals[r];
         if (record != to) fold(to, record, padded);
       }
