@@ -48,7 +48,7 @@ _VERSION = 1
 _MAGIC = b"HANLINPW"
 _TRAILER = struct.Struct("<8sIIQ32s32s")  # magic, version, page, size, key, sums; then the hash of these
 _SEAL = 32
-_RESERVE = 1 << 30  # bytes that stay free on the disk
+_RESERVE = 1 << 30  # bytes that stay free on the disk at least
 _FORMS = 3  # files of one model: kinds of weights in turn; those of older versions of this package fall out
 _POPULATE_READ = 22  # of madvise, Linux 5.14 and later; Python has no name for it
 
@@ -190,7 +190,8 @@ class PackedCache:
                 path.unlink()
             else:
                 total += about.st_size
-        return shutil.disk_usage(self.folder).free >= size + _RESERVE
+        disk = shutil.disk_usage(self.folder)
+        return disk.free - size >= max(_RESERVE, disk.total // 20)
 
     def _replace(self, key: PackedKey, image: memoryview) -> None:
         """Write to a file beside it, then rename: whoever looks sees a whole file or none."""
@@ -242,9 +243,10 @@ def _mapped(path: Path, key: PackedKey, size: int) -> NDArray[np.uint8] | None:
     Raises:
         OSError: no file, or it can't be read at all.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        return None
     with path.open("rb", buffering=0) as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode) or about.st_size != size + _TRAILER.size + _SEAL:
+        if os.fstat(file.fileno()).st_size != size + _TRAILER.size + _SEAL:
             return None
         file.seek(size)
         trailer = file.read()
