@@ -341,8 +341,8 @@ def page(all_bars: Sequence[Bar], kept: Mapping[str, Measured]) -> Iterator[str]
     head = ("work", "against", "measured", "GB/s read", "bar", "met")
     yield (
         "Ratios are of medians; in brackets the least and largest of the runs in pairs, ours and theirs in turn. "
-        "Both read the same file. Random prompts, no two alike; greedy; no speculation; every engine in a process of its "
-        "own with all cores. `GB/s read` is memory bandwidth measured beside.\n\n" + report.table(head, rows)
+        "Both read the same file. Random prompts, no two alike; greedy; no speculation; every engine in a process of "
+        "its own with all cores. `GB/s read` is memory bandwidth measured beside.\n\n" + report.table(head, rows)
     )
     for name in dict.fromkeys(bar.name for bar in all_bars if bar.name in kept):
         found = kept[name]

@@ -2,9 +2,9 @@
 
 from hanlin.bench.driver import Contender
 from hanlin.bench.machine import cores, describe, read_bandwidth
-from hanlin.bench.measure import measure, steps
 from hanlin.bench.peers import OURS, PEERS, Peer
 from hanlin.bench.report import Report, Spread
+from hanlin.bench.turns import measure, steps
 from hanlin.bench.workloads import Workload, usual
 
 __all__ = [

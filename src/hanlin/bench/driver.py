@@ -45,7 +45,7 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        return self.peer is OURS
+        return self.peer.ours
 
 
 class EngineProcess:

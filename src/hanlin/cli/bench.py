@@ -17,7 +17,7 @@ from hanlin.errors import ConfigError, problems
 from hanlin.options import EngineConfig
 
 if TYPE_CHECKING:
-    from hanlin.bench.measure import Progress
+    from hanlin.bench.turns import Progress
 
 __all__ = ["bench"]
 

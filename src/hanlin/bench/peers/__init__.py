@@ -18,16 +18,18 @@ class Peer:
         file: what drives it.
         package: its name on the package index.
         reads: what it takes a model from: "gguf", "directory".
+        ours: whether it is what others are compared with.
     """
 
     file: Path
     package: str
     reads: tuple[str, ...]
+    ours: bool = False
 
 
 _HERE = Path(__file__).parent
 
-OURS = Peer(file=_HERE / "ours.py", package="hanlin", reads=("gguf", "directory"))
+OURS = Peer(file=_HERE / "ours.py", package="hanlin", reads=("gguf", "directory"), ours=True)
 PEERS: Mapping[str, Peer] = MappingProxyType(
     {
         "llama-cpp": Peer(file=_HERE / "llama_cpp.py", package="llama-cpp-python", reads=("gguf",)),

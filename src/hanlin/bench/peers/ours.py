@@ -46,7 +46,7 @@ class Engine:
         first = max(firsts)
         # Sequences that began earlier had tokens before that: each is taken to generate evenly.
         after = sum(
-            tokens * (own + c.timings.generation - first) / c.timings.generation
+            tokens * max(0.0, own + c.timings.generation - first) / c.timings.generation
             for own, c in zip(firsts, done, strict=True)
         )
         return first, total, round(after)
