@@ -15,7 +15,7 @@ def load(model: str, settings: dict[str, Any]) -> Engine:
 
 class Engine:
     def __init__(self, model: str, settings: dict[str, Any]) -> None:
-        from hanlin import __version__
+        import hanlin
         from hanlin.llm import load
 
         # Random prompts make a small model repeat itself, which is easily guessed: that would flatter us.
@@ -28,7 +28,7 @@ class Engine:
             **options,
         )
         self.facts = {
-            "version": __version__,
+            "version": hanlin.__version__,
             "runner": self.llm.engine.runner.name,
             "vocabulary": self.llm.config.vocab_size,
             "special": sorted(self.llm.tokenizer.special_ids),
