@@ -50,7 +50,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: imports are absolute"
             out.add(node.module or "")
             if node.module == "hanlin":
-                out.update(f"hanlin.{alias.name}" for alias in node.names)
+                out.update(f"hanlin.{alias.name}" for alias in node.names if not alias.name.startswith("__"))
     return out
 
 

@@ -30,7 +30,7 @@ def test_sixteen_bits_are_nearly_exact(isa: str, kind: Kind, group: int) -> None
             errors[wide] = np.abs(out - exact).max() / np.abs(exact).max()
             alone = np.stack([context.linear(weight, row[None].copy())[0] for row in x])
             assert np.array_equal(out, alone)
-    assert errors[True] < 3e-5 and errors[True] < errors[False] / 20
+    assert errors[True] < 1e-4 and errors[True] < errors[False] / 20
 
 
 def test_every_instruction_set_gives_the_same_bits() -> None:
