@@ -240,8 +240,13 @@ def describe() -> dict[str, Any]:
 # ---- arrays by pointer ----------------------------------------------------------------------------------------------
 
 
+@functools.cache  # a step asks for the same few again and again, and numpy takes long to say
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
+    return _name_of(array.dtype)
 
 
 def _pointer(array: Any, name: str, dtypes: Sequence[str], shape: tuple[int, ...] | None = None) -> int:

@@ -104,6 +104,7 @@ class Program:
         self._weights: list[PackedWeight] = []
         self._keep: list[Any] = []
         self._handle = 0
+        self._rotary = 0
         self.max_tokens = 0
         self.vocabulary = self.hidden_size = 0
 
@@ -208,6 +209,7 @@ class Program:
         )
         check(status)
         self._handle, self.max_tokens = handle.value or 0, max_tokens
+        self._rotary = max(record.op.rotary for record in self._records)
         weakref.finalize(self, library().hl_program_free, self._handle)
 
     @property
@@ -239,7 +241,7 @@ class Program:
         struct.slots = _pointer(step.slots, "slots", ("int64",), (tokens,))
         struct.row_index = _pointer(step.rows, "rows", ("int32",), (rows,))
         if step.cos is not None and step.sin is not None:
-            half = max(record.op.rotary for record in self._records) // 2
+            half = self._rotary // 2
             struct.cos = _pointer(step.cos, "cos", ("float32",), (tokens, half))
             struct.sin = _pointer(step.sin, "sin", ("float32",), (tokens, half))
         if logits is None:
