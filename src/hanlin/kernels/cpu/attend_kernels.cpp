@@ -38,11 +38,6 @@ void finish(const Attention& what, const Row& row, const float* record) {
   for (int32_t i = 0; i < n; i += lanes) store(to + i, div(load(record + i), total), n - i < lanes ? n - i : lanes);
 }
 
-// Asks for what a task will read soon: groups of slots lie far apart, so the CPU cannot guess where the next one is.
-HL_INLINE void ask_for(const uint8_t* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) prefetch(from + at);
-}
-
 // ---- a task --------------------------------------------------------------------------------------------------------
 
 // bfloat16 as floats, where the CPU does not multiply it: keys and values of HL_SLOTS slots in the layout of HL_KV_F32.
@@ -128,6 +123,7 @@ void attend_with(const Attention& what, const AttendTask& task, bool widens, voi
       groups.values[g] = to + desk.wide_bytes / 2;
     }
     for (int r0 = 0; r0 < rows; r0 += group_rows) {
+      groups.fresh = r0 == 0;
       const int height = rows - r0 < group_rows ? rows - r0 : group_rows;
       int counts[group_rows], longest = 0;
       for (int r = 0; r < height; r++) {
