@@ -18,6 +18,7 @@ from hanlin.errors import ConfigError
 from hanlin.kernels import native
 from hanlin.kernels.kv import KVKind, KVPool, Layout
 from hanlin.kernels.native import Context, Kind, PackedWeight
+from hanlin.kernels.ops import Function, Norm
 from hanlin.kernels.program import Program, Result, Step
 from hanlin.layers.attend import PackedAttend
 from hanlin.layers.rope import Positions, Rope
@@ -376,3 +377,48 @@ def test_programs_that_make_no_sense_name_the_operation() -> None:
     with pytest.raises(ConfigError, match="without one"):
         empty = Program(context)
         empty.attend(empty.embed(table), 0, heads=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, None])
+def test_what_other_families_need(dtype: torch.dtype | None) -> None:
+    """LayerNorm, a scaled residual, GELU, gates that are not interleaved, biases; tables of floats and packed ones."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    with Context(2) as context:
+
+        def pack(matrix: torch.Tensor) -> PackedWeight:
+            weight = PackedWeight(Kind.F32, matrix.shape[0], matrix.shape[1])
+            context.pack(weight, matrix)
+            return weight
+
+        table = draw(9, 24) if dtype is None else draw(9, 24).to(dtype)
+        gain, bias, up_bias = draw(24), draw(24), draw(40)
+        up, down, both, head = draw(40, 24), draw(24, 40), draw(48, 24), draw(7, 24)
+        program = Program(context)
+        x = program.embed(pack(table) if dtype is None else table)
+        normal = program.norm(x, gain, bias, eps=1e-5, kind=Norm.LAYER)
+        residual = program.add(normal, scale=7.5)
+        program.linear(program.linear(normal, pack(up), up_bias, gelu=True), pack(down), add_to=residual)
+        gated = program.gate(program.linear(residual, pack(both)), Function.GELU)
+        program.head(program.gather(program.add(gated, residual, scale=0.5)), pack(head))
+        program.build(max_tokens=40)
+        ids = np.array([3, 8, 0, 3] * 10, np.int32)
+        layout = Layout(
+            query_start=np.array([0, 40], np.int32),
+            context=np.array([40], np.int32),
+            block_table=np.zeros((1, 1), np.int32),
+        )
+        rows = np.array([39, 1, 20], np.int32)
+        got = program.run(Step(ids=ids, slots=np.zeros(40, np.int64), layout=layout, rows=rows), hidden=True)
+    functional = torch.nn.functional
+    normal_ = functional.layer_norm(table.float()[ids], (24,), gain, bias, 1e-5)
+    residual_ = 7.5 * normal_ + functional.linear(
+        functional.gelu(functional.linear(normal_, up, up_bias), approximate="tanh"), down
+    )
+    gate_, up_ = (residual_ @ both.T).chunk(2, -1)
+    hidden = 0.5 * functional.gelu(gate_, approximate="tanh") * up_ + residual_
+    assert np.allclose(got.hidden, hidden[rows].numpy(), rtol=1e-4, atol=1e-4)
+    assert np.allclose(got.logits, (hidden[rows] @ head.T).numpy(), rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cstdarg>
+#include <cstdio>
 
 namespace hl {
 namespace {
@@ -57,10 +59,15 @@ class Maker {
     return HL_OK;
   }
 
-  template <class... Values>
-  static int32_t wrong(int32_t i, const hl_op& op, const char* format, Values... values) {
+#if defined(__GNUC__)
+  __attribute__((format(printf, 3, 4)))
+#endif
+  static int32_t wrong(int32_t i, const hl_op& op, const char* format, ...) {
     char text[200];
-    std::snprintf(text, sizeof text, format, values...);
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(text, sizeof text, format, values);
+    va_end(values);
     return fail(HL_ERR_ARGUMENT, "operation %d (%s): %s", i, names[op.code], text);
   }
 
