@@ -33,6 +33,8 @@ KINDS = (
     *((kind, group) for kind in (Kind.INT8, Kind.INT4, Kind.INT4_MIN, Kind.INT4_ZERO) for group in (32, 64, 128)),
 )
 INTEGER_KINDS = tuple(pair for pair in KINDS if pair[0] >= Kind.INT8_ROW)
+# Integer kinds round what they multiply to 8 bits, or to 16 ("wide").
+WAYS = (*((*pair, False) for pair in KINDS), *((*pair, True) for pair in INTEGER_KINDS))
 # Shapes that a kind might stumble over: one output, a tile but for one, a tile and one, a few tiles.
 SHAPES = ((1, 128), (31, 128), (33, 256), (100, 384))
 
@@ -59,8 +61,8 @@ def best() -> Iterator[Context]:
         yield opened
 
 
-def packed(context: Context, kind: Kind, group: int, matrix: Array) -> PackedWeight:
-    weight = PackedWeight(kind, *matrix.shape, group)
+def packed(context: Context, kind: Kind, group: int, matrix: Array, wide: bool = False) -> PackedWeight:
+    weight = PackedWeight(kind, *matrix.shape, group, wide=wide)
     context.pack(weight, matrix)
     return weight
 
@@ -69,7 +71,7 @@ def to_bf16(x: Array) -> Array:
     return torch.from_numpy(x).bfloat16().float().numpy()
 
 
-def rounded(kind: Kind, x: Array) -> Array:
+def rounded(kind: Kind, x: Array, wide: bool = False) -> Array:
     """What a product multiplies instead of x, in float64: written down anew from the header's description."""
     if kind == Kind.F32:
         return x.astype(np.float64)
@@ -83,6 +85,9 @@ def rounded(kind: Kind, x: Array) -> Array:
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top >= np.float32(1e-30))
     codes = np.rint(subs * inverse).astype(np.float64)
     scale = (top / np.float32(127)).astype(np.float64)
+    if wide:
+        rest = (subs - codes * scale).astype(np.float32) * (np.float32(256) * inverse)
+        codes += np.rint(np.clip(rest, -127, 127)) / 256
     return (codes * scale).reshape(rows, -1)[:, :width]
 
 
@@ -99,15 +104,25 @@ def close(got: Array, x: Array, matrix: Array, bias: Array | None = None) -> Non
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize(("kind", "group", "wide"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product_equals_float64(context: Context, kind: Kind, group: int, shape: tuple[int, int]) -> None:
+def test_product_equals_float64(context: Context, kind: Kind, group: int, wide: bool, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(list(shape))
-    weight = packed(context, kind, group, rng.standard_normal(shape, dtype=np.float32) * 0.05)
+    weight = packed(context, kind, group, rng.standard_normal(shape, dtype=np.float32) * 0.05, wide)
     bias = rng.standard_normal(shape[0], dtype=np.float32)
     for rows in (1, 2, 7, 13, 25):
         x = rng.standard_normal((rows, shape[1]), dtype=np.float32) * np.float32(10.0 ** rng.integers(-3, 3))
-        close(context.linear(weight, x, bias=bias), rounded(kind, x), context.unpack(weight), bias)
+        close(context.linear(weight, x, bias=bias), rounded(kind, x, wide), context.unpack(weight), bias)
+
+
+@pytest.mark.parametrize(("kind", "group"), INTEGER_KINDS)
+def test_wide_inputs_lose_next_to_nothing(best: Context, kind: Kind, group: int) -> None:
+    rng = np.random.default_rng(2)
+    weight = packed(best, kind, group, rng.standard_normal((64, 256), dtype=np.float32), wide=True)
+    x = rng.standard_normal((9, 256), dtype=np.float32) * np.exp(rng.standard_normal((9, 256), dtype=np.float32))
+    expected = x.astype(np.float64) @ best.unpack(weight).astype(np.float64).T
+    error = np.abs(best.linear(weight, x) - expected)
+    assert np.sqrt((error**2).mean()) < 1e-4 * np.sqrt((expected**2).mean())
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16, Kind.INT8_ROW])
@@ -119,35 +134,38 @@ def test_ungrouped_kinds_take_any_width(context: Context, kind: Kind, width: int
     close(context.linear(weight, x), rounded(kind, x), context.unpack(weight))
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("kind", "group"), INTEGER_KINDS)
-def test_integer_kinds_are_the_same_on_every_instruction_set(kind: Kind, group: int) -> None:
+def test_integer_kinds_are_the_same_on_every_instruction_set(kind: Kind, group: int, wide: bool) -> None:
     rng = np.random.default_rng(3)
     matrix, x = rng.standard_normal((70, 256), dtype=np.float32), rng.standard_normal((9, 256), dtype=np.float32)
     results = []
     for name in native.supported_isas():
         with Context(1, name) as context:
-            results.append(context.linear(packed(context, kind, group, matrix), x))
+            results.append(context.linear(packed(context, kind, group, matrix, wide), x))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 
 
 def test_extreme_codes_do_not_saturate(context: Context) -> None:
-    x = np.full((3, 128), 5.0, dtype=np.float32)  # every code 127
+    x = np.full((4, 128), 5.0, dtype=np.float32)  # every code 127
     x[1] *= -1
+    x[2, 1:] = 5.0 / 127 * 126.499  # and every second eight bits 127
     for kind, codes in ((Kind.INT8, (0, 1, 255)), (Kind.INT4, (0, 15)), (Kind.INT4_ZERO, (0, 15))):
         for code in codes:
-            weight = PackedWeight(kind, 32, 128, 32)
-            scales = np.full((32, 4), 0.5, dtype=np.float16)
-            zeros = np.full((32, 4), 3, dtype=np.float16) if kind.offsets else None
-            context.pack_codes(weight, np.full((32, 128), code, dtype=np.uint8), scales, zeros)
-            close(context.linear(weight, x), rounded(kind, x), context.unpack(weight))
+            for wide in (False, True):
+                weight = PackedWeight(kind, 32, 128, 32, wide=wide)
+                scales = np.full((32, 4), 0.5, dtype=np.float16)
+                zeros = np.full((32, 4), 3, dtype=np.float16) if kind.offsets else None
+                context.pack_codes(weight, np.full((32, 128), code, dtype=np.uint8), scales, zeros)
+                close(context.linear(weight, x), rounded(kind, x, wide), context.unpack(weight))
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_row_has_one_result(data: st.DataObject) -> None:
     """Whatever its company, its place, the number of threads, and which path the row count takes."""
-    kind, group = data.draw(st.sampled_from(KINDS), "kind")
+    kind, group, wide = data.draw(st.sampled_from(WAYS), "kind")
     name = data.draw(st.sampled_from(native.supported_isas()), "isa")
     out = data.draw(st.integers(1, 140), "out")
     width = data.draw(st.integers(1, 3), "groups") * (group or 32)
@@ -156,19 +174,19 @@ def test_a_row_has_one_result(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 30), "rows")
     x = rng.standard_normal((rows, width), dtype=np.float32)
     with Context(1, name) as context:
-        weight = packed(context, kind, group, matrix)
+        weight = packed(context, kind, group, matrix, wide)
         alone = np.concatenate([context.linear(weight, x[i : i + 1]) for i in range(rows)])
     order = rng.permutation(rows)
     with Context(data.draw(st.integers(1, 5), "threads"), name) as context:
-        again = packed(context, kind, group, matrix)
+        again = packed(context, kind, group, matrix, wide)
         assert bytes(again.memory) == bytes(weight.memory)
         np.testing.assert_array_equal(context.linear(again, x[order]), alone[order])
 
 
-@pytest.mark.parametrize(("kind", "group"), KINDS)
-def test_many_rows_equal_few(best: Context, kind: Kind, group: int) -> None:
+@pytest.mark.parametrize(("kind", "group", "wide"), WAYS)
+def test_many_rows_equal_few(best: Context, kind: Kind, group: int, wide: bool) -> None:
     rng = np.random.default_rng(5)
-    weight = packed(best, kind, group, rng.standard_normal((96, 256), dtype=np.float32))
+    weight = packed(best, kind, group, rng.standard_normal((96, 256), dtype=np.float32), wide)
     x = rng.standard_normal((131, 256), dtype=np.float32)
     many = best.linear(weight, x)
     for first in range(0, 131, 10):
@@ -242,11 +260,11 @@ def test_zeros_and_unpacked_weights_give_zero(context: Context, kind: Kind, grou
     assert (context.linear(filled, zeros[:3] + np.float32(1e-38)) < 1e-30).all()
 
 
-@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize(("kind", "group", "wide"), WAYS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_bad_input_stays_in_its_row(context: Context, kind: Kind, group: int, value: float) -> None:
+def test_a_bad_input_stays_in_its_row(context: Context, kind: Kind, group: int, wide: bool, value: float) -> None:
     rng = np.random.default_rng(10)
-    weight = packed(context, kind, group, rng.standard_normal((33, 128), dtype=np.float32))
+    weight = packed(context, kind, group, rng.standard_normal((33, 128), dtype=np.float32), wide)
     x = rng.standard_normal((5, 128), dtype=np.float32)
     expected = context.linear(weight, x)
     x[2, 77] = value

@@ -153,7 +153,8 @@ enum {
 
 /* y (rows, out) = x (rows, in) @ weight.T + bias. bias (out,) in the weight's order of outputs, or NULL.
  * Integer kinds round x to int8, symmetric, per row and per 32 inputs (scale = absmax / 127, to nearest even), and with
- * HL_INPUTS_16 what that leaves to 1 / 256 of the scale; HL_BF16 rounds x to bfloat16. A row with a value that is not finite gives NaN, in that row only. */
+ * HL_INPUTS_16 what that leaves to 1 / 256 of the scale; HL_BF16 rounds x to bfloat16. A row with a value that is not
+ * finite gives NaN, in that row only. */
 HL_API int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* x, int64_t ldx, int64_t rows, float* y,
                          int64_t ldy, const float* bias, int32_t flags);
 
