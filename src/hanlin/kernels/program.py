@@ -123,7 +123,10 @@ class Program:
 
     def norm(self, x: Buffer, gain: Any = None, bias: Any = None, *, eps: float, kind: Norm = Norm.RMS) -> Buffer:
         """RMSNorm or LayerNorm with gain and bias float32 (width,)."""
-        vectors = {"gain": self._vector(gain, "gain", x.width), "bias": self._vector(bias, "bias", x.width)}
+        vectors: dict[str, Any] = {
+            "gain": self._vector(gain, "gain", x.width),
+            "bias": self._vector(bias, "bias", x.width),
+        }
         return self._make(_NORM, x.width, x, style=kind, eps=eps, **vectors)
 
     def linear(

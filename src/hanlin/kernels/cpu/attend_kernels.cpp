@@ -1,6 +1,6 @@
-// Attention over the key/value pool, compiled once a variant. See hl_attend for what is computed, attend_blocks.h for
-// how.
-#include "attend_blocks.h"
+// Attention over the key/value pool, compiled once a variant: see hl_attend for what is computed.
+#include "attend_codes.h"
+#include "attend_floats.h"
 
 namespace hl::HL_VARIANT {
 namespace {
