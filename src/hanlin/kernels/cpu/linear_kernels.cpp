@@ -54,6 +54,8 @@ HL_INLINE void plane_dots(const uint8_t* w, const Panel& x, int64_t sub, int hal
   const int64_t plane = low ? offsetof(ActWide, low) : offsetof(ActGroup, q);
   const auto codes_of = [&](int r) { return reinterpret_cast<const int8_t*>(&sub_of<Wide>(x, r, sub)) + plane; };
   if (is_int4(Kind)) {
+    N sums[R][halves];
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = begin(dots[r][h]);
     HL_UNROLL for (int pair = 0; pair < 4; pair++) {
       B first[halves], second[halves];
       HL_UNROLL for (int h = 0; h < halves; h++) {
@@ -64,10 +66,12 @@ HL_INLINE void plane_dots(const uint8_t* w, const Panel& x, int64_t sub, int hal
       HL_UNROLL for (int r = 0; r < R; r++) {
         const int8_t* q = codes_of(r) + 8 * pair;
         const I a = quad(q), b = quad(q + 4);
-        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], first[h], a);
-        HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = dot_u4(dots[r][h], second[h], b);
+        HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = add_u4(sums[r][h], first[h], a);
+        HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = add_u4(sums[r][h], second[h], b);
       }
     }
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] =
+        finish(sums[r][h], dots[r][h]);
   } else {
     HL_UNROLL for (int quads = 0; quads < 8; quads++) {
       B codes[halves];
