@@ -143,6 +143,14 @@ def test_our_own_failure_is_an_error(tmp_path: Path) -> None:
         measure([contender(tmp_path, ours=True, **{"raise": "loading"})], WORKLOADS, threads=1, repeats=1)
 
 
+def test_our_own_failure_later_on_loses_nothing(tmp_path: Path) -> None:
+    both = [contender(tmp_path, ours=True, die="5"), contender(tmp_path)]
+    found = measure(both, WORKLOADS, threads=1, repeats=3)
+    assert found.entries[0].problem.startswith("its process ended")
+    assert [len(entry.of(WORKLOADS[0].title, "prompt")) for entry in found.entries] == [1, 3]
+    assert found.ratios(WORKLOADS[0].title, "prompt")
+
+
 def test_a_python_that_is_not_there(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "no" / "python")
     peer = Contender(name="peer", model="m", peer=Peer(file=engine(tmp_path), package="p", reads=()), python=nowhere)

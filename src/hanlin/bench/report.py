@@ -132,7 +132,8 @@ class Report:
     def notes(self) -> list[str]:
         """What a reader of the table must know."""
         out = [f"{e.name} {e.facts.get('version', '')}: {e.model}{_options(e.options)}" for e in self.measured]
-        out += [f"{entry.name} was left out: {entry.problem}" for entry in self.entries if entry.problem]
+        failed = [entry for entry in self.entries if entry.problem]
+        out += [f"{e.name} {'did not finish' if e.values else 'was left out'}: {e.problem}" for e in failed]
         return out + ["Interrupted: these are the runs until then."] * self.interrupted
 
     def as_json(self) -> dict[str, Any]:

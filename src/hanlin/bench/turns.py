@@ -37,11 +37,11 @@ def measure(
 ) -> Report:
     """Load all contenders, warm each up, then give every workload to one after the other, `repeats` times over.
 
-    The first contender must be one of ours: it tells the vocabulary that all prompts are drawn from. A peer that is
-    missing or fails is left out, and the report says why. Ctrl-C ends it with what was measured so far.
+    The first contender must be one of ours: it tells the vocabulary that all prompts are drawn from. An engine that is
+    missing or fails is left out from there on, and the report says why. Ctrl-C ends it with what was measured so far.
 
     Raises:
-        EngineError: when one of ours fails.
+        EngineError: when one of ours cannot be loaded, or fails before it gave a figure.
         KeyboardInterrupt: before anything was measured.
     """
     assert contenders and contenders[0].ours and workloads
@@ -88,7 +88,7 @@ class _Run:
 
     def turn(self, workload: Workload, number: int) -> None:
         """One run of a workload by everybody; number -1 is the warm-up, of which nothing is kept."""
-        facts = self.processes[0][0].facts
+        facts = self.report.entries[0].facts
         given = prompts(workload, number, vocabulary=facts["vocabulary"], special=frozenset(facts["special"]))
         tokens = workload.tokens if number >= 0 else min(workload.tokens, _WARM_UP)
         speeds = self._bandwidth(number)
@@ -118,7 +118,7 @@ class _Run:
             return []
 
     def _failed(self, entry: Entry, error: EngineError) -> None:
-        if entry.ours:
+        if entry.ours and not entry.values:
             raise EngineError(f"{entry.name}: {error}") from error
         entry.problem = str(error)
 
