@@ -54,9 +54,9 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
     preload = (
         f"{runtime('libasan.so')} {runtime('libstdc++.so')}"  # the latter first seen by Python's extensions otherwise
     )
-    library = build(tmp_path / "libhanlin_cpu.so", sanitize="address,undefined")
+    library = build(tmp_path / "libhanlin_cpu.so", sanitize="address,undefined", root=ROOT)
     for check in CHECKS:
-        run([str(build_directory("address,undefined") / check)])
+        run([str(build_directory("address,undefined", root=ROOT) / check)])
     others = sorted(str(path) for path in Path(__file__).parent.glob("test_kernels_*.py") if path != Path(__file__))
     run(
         [
@@ -80,6 +80,6 @@ def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
 
 def test_data_races(tmp_path: Path) -> None:
     runtime("libtsan.so")
-    build(tmp_path / "libhanlin_cpu.so", sanitize="thread")
+    build(tmp_path / "libhanlin_cpu.so", sanitize="thread", root=ROOT)
     for check in CHECKS:
-        run([str(build_directory("thread") / check)], TSAN_OPTIONS="halt_on_error=1")
+        run([str(build_directory("thread", root=ROOT) / check)], TSAN_OPTIONS="halt_on_error=1")

@@ -19,23 +19,24 @@ __all__ = ["build", "build_directory", "main"]
 _ROOT = Path(__file__).resolve().parents[3]
 
 
-def build_directory(sanitize: str = "") -> Path:
+def build_directory(sanitize: str = "", *, root: Path = _ROOT) -> Path:
     """Where `build` compiles: one directory in the checkout for each choice of sanitizers."""
-    return _ROOT / "build" / "-".join(["native", *filter(None, sanitize.split(","))])
+    return root / "build" / "-".join(["native", *filter(None, sanitize.split(","))])
 
 
-def build(output: Path | None = None, *, sanitize: str = "") -> Path:
+def build(output: Path | None = None, *, sanitize: str = "", root: Path = _ROOT) -> Path:
     """Compile and return the library's path.
 
     Args:
         output: where to put the library; None is beside this file, where `hanlin.kernels.native` looks.
         sanitize: for tests: "address,undefined" or "thread".
+        root: the checkout, where this module is an installed one.
 
     Raises:
         FileNotFoundError: no sources here (an installed package), or no cmake.
         subprocess.CalledProcessError: the compiler failed; its output has been shown.
     """
-    if not (_ROOT / "CMakeLists.txt").exists() or not Path(__file__).with_name("cpu").is_dir():
+    if not (root / "CMakeLists.txt").exists():
         raise FileNotFoundError(
             "the sources of the CPU library are not installed; run this in a checkout of the repository"
         )
@@ -43,9 +44,9 @@ def build(output: Path | None = None, *, sanitize: str = "") -> Path:
     if cmake is None:
         raise FileNotFoundError("cmake is not installed. Run: pip install cmake ninja")
     output = output or library_path()
-    directory = build_directory(sanitize)
+    directory = build_directory(sanitize, root=root)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = [cmake, "-S", str(_ROOT), "-B", str(directory), *generator, f"-DHANLIN_SANITIZE={sanitize}"]
+    configure = [cmake, "-S", str(root), "-B", str(directory), *generator, f"-DHANLIN_SANITIZE={sanitize}"]
     for command in (configure, [cmake, "--build", str(directory), "--config", "Release", "--parallel"]):
         subprocess.run(command, check=True)
     made = next(path for path in sorted(directory.rglob(library_path().name)))

@@ -56,7 +56,9 @@ FAMILIES: Mapping[str, Family] = {
         chat="InternLM turns",
         transformers="none yet",
     ),
-    "internlm3": Family(module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B", transformers="none yet"),
+    "internlm3": Family(
+        module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B", transformers="none yet"
+    ),
     "llama": Family(
         module="hanlin.models.llama", cls="LlamaForCausalLM", released="Llama 1 to 3, SmolLM2", gguf=("llama",)
     ),
