@@ -580,6 +580,17 @@ def test_files_that_change_while_they_are_read_are_not_kept(
     assert not list(tmp_path.glob("packed/*.packed"))
 
 
+def test_a_configuration_that_orders_rows_otherwise_does_not_share(tiny: Any, tmp_path: Path) -> None:
+    kind, folder = KINDS["internlm2"], tmp_path / "packed"
+    path = write_model(tmp_path / "m", tiny("internlm2", **SIZES, **kind), kind)
+    before = lowered(path, "int8", PackedCache(folder))
+    # The fused projection has as many rows with twice the heads of half the size; q, k and v stand elsewhere in it.
+    changed = {**SIZES, **kind, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (path / "config.json").write_text(json.dumps(changed))
+    again = lowered(path, "int8", PackedCache(folder))
+    assert not again.cached and content(again) == content(lowered(path, "int8", None)) != content(before)
+
+
 @pytest.mark.parametrize("other", ["weights", "isa", "program", "torch"])
 def test_another_kind_cpu_or_version_does_not_share(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str

@@ -221,7 +221,7 @@ class Lowering:
         package = Path(__file__).parents[1]
         rooms = [path for room in ("checkpoints", "kernels", "models") for path in (package / room).glob("*.py")]
         yield digest_of_files([*rooms, Path(__file__), library_path()])
-        yield self._context.isa, torch.__version__, self._weights, size, sorted(stored.items())
+        yield self._context.isa, torch.__version__, size, sorted(stored.items())
         for slot in self.slots:
             yield slot.kind, slot.group, slot.out, slot.in_, slot.blocks
             for name, rows in (*slot.places.items(), *slot.biases.items()):
