@@ -276,22 +276,22 @@ PanelFunction choose(int64_t rows, bool wide) {
 // As few panels as there can be, as even as they can be: 8 rows are 4 + 4, not 6 + 2.
 //
 // Fetching ahead: where a tile has several panels they fetch the next tile together; otherwise the first one would wait
-// for memory, and memory for all the others. A single panel of int4 codes computes long enough for each byte that the
-// CPU's own prefetching falls behind (measured on Zen 5: twice as fast at 6 rows); all other single panels run at the
-// speed of memory without help.
+// for memory, and memory for all the others. A single panel that computes long enough for each byte (int4 codes, inputs
+// of 16 bits) outlasts the CPU's own prefetching and fetches too (measured on Zen 5: twice as fast at 6 rows); all other
+// single panels run at the speed of memory without help.
 template <int Kind>
 void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
                 const Epilogue& out) {
   const int64_t bytes = tile_bytes(w), panels = (n_rows + most_rows(Kind) - 1) / most_rows(Kind);
   const int64_t distance = panels == 1 && bytes > 16384 ? 16384 : bytes;
-  const bool fetch = panels > 1 || (is_int4(Kind) && n_rows >= 3);
+  const bool wide = act_of(w) == Act::int16, fetch = panels > 1 || wide || (is_int4(Kind) && n_rows >= 3);
   for (int64_t tile = tile0; tile < tile1; tile++) {
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + tile * bytes;
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t row0 = n_rows * panel / panels, height = n_rows * (panel + 1) / panels - row0;
       const Panel x = {rows + row0 * stride, stride, data + distance, fetch && tile + 1 < tile1 ? panel : -1, panels};
       Results results;
-      choose<Kind>(height, w.inputs == HL_INPUTS_16)(w, data, x, results);
+      choose<Kind>(height, wide)(w, data, x, results);
       write_panel(results, height, row0, tile, w.out, out);
     }
   }
