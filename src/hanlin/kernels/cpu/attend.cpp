@@ -56,8 +56,7 @@ int64_t spans_of(int64_t keys) { return (keys + HL_SPAN - 1) / HL_SPAN; }
 void AttendPlan::make(const hl_step& step, int32_t heads, const hl_kv& kv, int threads) {
   tasks.clear();
   merges.clear();
-  merge_rows.clear();
-  partial_floats = 0;
+  merged_rows = partial_floats = 0;
   const int32_t share = heads / kv.heads;
   int64_t whole_tasks = 0;
   for (int32_t s = 0; s < step.sequences; s++) {
@@ -84,8 +83,7 @@ void AttendPlan::make(const hl_step& step, int32_t heads, const hl_kv& kv, int t
         const int64_t record = hl::partial_floats(kv.head_size) * (row1 - row0);
         task.partial = partial_floats;
         merges.push_back(task);
-        for (int64_t r = row0; r < row1; r++)
-          merge_rows.push_back({static_cast<int32_t>(merges.size()) - 1, static_cast<int32_t>(r)});
+        merged_rows += row1 - row0;
         for (int64_t p = 0; p < pieces; p++) {
           task.span0 = static_cast<int32_t>(spans * p / pieces);
           task.span1 = static_cast<int32_t>(spans * (p + 1) / pieces);
@@ -99,13 +97,6 @@ void AttendPlan::make(const hl_step& step, int32_t heads, const hl_kv& kv, int t
   const auto cost = [](const AttendTask& t) { return int64_t{t.row1 - t.row0} * (t.span1 - t.span0); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const AttendTask& a, const AttendTask& b) { return cost(a) > cost(b); });
-  // Dealt out like cards; Shares gives every thread a contiguous part.
-  std::vector<AttendTask> dealt;
-  dealt.reserve(tasks.size());
-  for (int rank = 0; rank < threads; rank++)
-    for (size_t i = static_cast<size_t>(threads - 1 - rank); i < tasks.size(); i += static_cast<size_t>(threads))
-      dealt.push_back(tasks[i]);
-  tasks.swap(dealt);
 }
 
 namespace {
@@ -209,20 +200,13 @@ extern "C" int32_t hl_attend(hl_ctx* ctx, const hl_kv* kv, const hl_step* step, 
     char* scratch = static_cast<char*>(ctx->scratch.reserve(own * ctx->pool.size() + plan.partial_floats * 4));
     float* partials = reinterpret_cast<float*>(scratch + own * ctx->pool.size());
     const hl::Attention what = {kv, step, heads, scale, q, ldq, out, ldo, partials};
-    hl::Shares tasks;
-    tasks.open(ctx->pool.size());
-    tasks.reset(static_cast<int64_t>(plan.tasks.size()), ctx->pool.size());
+    std::atomic<int32_t> next{0};
     ctx->pool.run([&](const hl::Team& team) {
-      tasks.work(team.rank, team.size, [&](int32_t i) {
-        kernels.attend(what, plan.tasks[static_cast<size_t>(i)], scratch + own * team.rank);
-      });
+      const auto ignore = [](const hl::AttendTask&) {};
+      hl::attend_some(kernels, what, plan, next, scratch + own * team.rank, ignore);
       if (plan.merges.empty()) return;
-      tasks.wait();
-      const hl::Range mine = team.split(static_cast<int64_t>(plan.merge_rows.size()));
-      for (int64_t i = mine.begin; i < mine.end; i++) {
-        const auto [task, row] = plan.merge_rows[static_cast<size_t>(i)];
-        kernels.merge(what, plan.merges[static_cast<size_t>(task)], row);
-      }
+      team.barrier();
+      hl::merge_some(team, kernels, what, plan, ignore);
     });
     return HL_OK;
   });

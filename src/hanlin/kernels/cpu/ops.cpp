@@ -11,36 +11,12 @@ namespace {
 // with threads or rows.
 constexpr int64_t top_columns = 8192;
 
-int64_t chunks_of(int64_t columns) { return (columns + top_columns - 1) / top_columns; }
+int64_t top_chunks(int64_t columns) { return (columns + top_columns - 1) / top_columns; }
 // A chunk's k values, k ids, and Top's two floats.
 int64_t top_record(int32_t k) { return (int64_t{2} * k + 2) * 4; }
 
-}  // namespace
-
-const char* rope_problem(int32_t style, int32_t head_size, int32_t rotary) {
-  if (style < HL_ROPE_HALVES || style > HL_ROPE_QUARTERS) return "unknown style";
-  if (rotary < 0 || rotary > head_size) return "rotary dimensions do not fit the head";
-  return rotary % (style == HL_ROPE_QUARTERS ? 4 : 2) == 0
-             ? nullptr
-             : "rotary dimensions must come in pairs, or in fours for quarters";
-}
-
-int64_t top_scratch(int64_t rows, int64_t columns, int32_t k) { return rows * chunks_of(columns) * top_record(k); }
-
-int64_t top_chunks(const TopRows& what) { return what.rows * chunks_of(what.columns); }
-
-void top_chunk(const OpKernels& kernels, const TopRows& what, int64_t chunk) {
-  const int64_t chunks = chunks_of(what.columns), row = chunk / chunks, first = chunk % chunks * top_columns;
-  const int64_t n = what.columns - first < top_columns ? what.columns - first : top_columns;
-  float* record = reinterpret_cast<float*>(static_cast<char*>(what.parts) + chunk * top_record(what.k));
-  Top top = {record, reinterpret_cast<int32_t*>(record + what.k), 0, 0};
-  kernels.top(what.x + row * what.ldx + first, n, static_cast<int32_t>(first), what.k, &top);
-  record[2 * what.k] = top.maximum;
-  record[2 * what.k + 1] = top.sum;
-}
-
-void top_merge(const TopRows& what, int64_t row) {
-  const int64_t chunks = chunks_of(what.columns);
+void merge_top(const TopRows& what, int64_t row) {
+  const int64_t chunks = top_chunks(what.columns);
   const char* records = static_cast<const char*>(what.parts) + row * chunks * top_record(what.k);
   const auto values = [&](int64_t c) { return reinterpret_cast<const float*>(records + c * top_record(what.k)); };
   const auto ids = [&](int64_t c) { return reinterpret_cast<const int32_t*>(values(c) + what.k); };
@@ -79,6 +55,35 @@ void top_merge(const TopRows& what, int64_t row) {
       total += sum(c) * std::exp(maximum(c) - top);
   what.log_sum_exp[row] =
       top > -std::numeric_limits<float>::infinity() || std::isnan(total) ? top + std::log(total) : top;
+}
+
+}  // namespace
+
+const char* rope_problem(int32_t style, int32_t head_size, int32_t rotary) {
+  if (style < HL_ROPE_HALVES || style > HL_ROPE_QUARTERS) return "unknown style";
+  if (rotary < 0 || rotary > head_size) return "rotary dimensions do not fit the head";
+  return rotary % (style == HL_ROPE_QUARTERS ? 4 : 2) == 0
+             ? nullptr
+             : "rotary dimensions must come in pairs, or in fours for quarters";
+}
+
+int64_t top_scratch(int64_t rows, int64_t columns, int32_t k) { return rows * top_chunks(columns) * top_record(k); }
+
+void top_rows(const Team& team, const OpKernels& kernels, const TopRows& what) {
+  const int64_t chunks = top_chunks(what.columns);
+  const Range mine = team.split(what.rows * chunks);
+  for (int64_t i = mine.begin; i < mine.end; i++) {
+    const int64_t row = i / chunks, first = i % chunks * top_columns;
+    const int64_t n = what.columns - first < top_columns ? what.columns - first : top_columns;
+    float* record = reinterpret_cast<float*>(static_cast<char*>(what.parts) + i * top_record(what.k));
+    Top top = {record, reinterpret_cast<int32_t*>(record + what.k), 0, 0};
+    kernels.top(what.x + row * what.ldx + first, n, static_cast<int32_t>(first), what.k, &top);
+    record[2 * what.k] = top.maximum;
+    record[2 * what.k + 1] = top.sum;
+  }
+  team.barrier();
+  const Range rows = team.split(what.rows);
+  for (int64_t r = rows.begin; r < rows.end; r++) merge_top(what, r);
 }
 
 namespace {
@@ -156,12 +161,7 @@ extern "C" int32_t hl_top(hl_ctx* ctx, const float* x, int64_t ldx, int64_t rows
     std::lock_guard<std::mutex> lock(ctx->busy);
     const hl::TopRows what = {
         x, ldx, rows, columns, k, values, ids, log_sum_exp, ctx->scratch.reserve(hl::top_scratch(rows, columns, k))};
-    ctx->pool.run([&](const hl::Team& team) {
-      const hl::Range chunks = team.split(hl::top_chunks(what)), mine = team.split(rows);
-      for (int64_t c = chunks.begin; c < chunks.end; c++) hl::top_chunk(*ctx->isa->ops, what, c);
-      team.barrier();
-      for (int64_t r = mine.begin; r < mine.end; r++) hl::top_merge(what, r);
-    });
+    ctx->pool.run([&](const hl::Team& team) { hl::top_rows(team, *ctx->isa->ops, what); });
     return HL_OK;
   });
 }

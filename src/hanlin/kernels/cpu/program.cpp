@@ -247,43 +247,10 @@ class Maker {
       extra.op.code = op_prepare;
       program_.stages.push_back(std::move(extra));
     }
-    for (size_t i = 0; i < program_.stages.size(); i++) {
-      const Stage& stage = program_.stages[i];
-      const int32_t code = stage.op.code;
-      if (row_by_row(code) && i > 0 && program_.parts.back().work == Work::rows &&
-          program_.stages[i - 1].wanted == stage.wanted) {
-        program_.parts.back().last = i;  // the same rows, at once
-        continue;
-      }
-      const auto add = [&](Work work) {
-        Part part = {};
-        part.work = work;
-        part.first = part.last = i;
-        program_.parts.push_back(part);
-      };
-      switch (code) {
-        case HL_OP_LINEAR:
-          add(Work::linear);
-          break;
-        case HL_OP_ROPE:
-          add(Work::rope);
-          break;
-        case HL_OP_ATTEND:
-          add(Work::attend);
-          add(Work::merge);
-          break;
-        case HL_OP_HEAD:
-          add(Work::head);
-          add(Work::top);
-          add(Work::top_merge);
-          break;
-        default:
-          add(Work::rows);
-      }
+    for (size_t i = 0; i + 1 < program_.stages.size(); i++) {
+      Stage &stage = program_.stages[i], &next = program_.stages[i + 1];
+      stage.barrier = !(writes_own_rows(stage.op.code) && reads_own_rows(next.op.code) && stage.wanted == next.wanted);
     }
-    const size_t parts = program_.parts.size();
-    program_.shares.reset(new Shares[parts]);
-    for (size_t i = 0; i < parts; i++) program_.shares[i].open(program_.ctx->pool.size());
   }
 
   // Finds room for buffers, prepared rows and the threads' scratch in one piece of memory.
@@ -328,6 +295,7 @@ class Maker {
       stage.from.stride = act_stride(stage.from.act, stage.in_width);
       stage.from.rows = base + place(op.in, stage.from);
     }
+    program_.next.reset(new std::atomic<int32_t>[program_.stages.size()]);
     return HL_OK;
   }
 

@@ -22,6 +22,7 @@ struct Stage {
   hl_op op;
   int32_t number;       // of the operation in the program
   bool wanted = false;  // one row for every wanted token, not for every token
+  bool barrier = true;  // behind it
   const hl_weight* weight = nullptr;
   int64_t in_width = 0, out_width = 0;
   float *in = nullptr, *in2 = nullptr, *out = nullptr;
@@ -29,19 +30,11 @@ struct Stage {
   std::vector<Prepared> ready;  // forms of `out` (ROPE: none) that later products want
 };
 
-// Whether a stage's rows need nothing but the same rows of what it reads.
-inline bool row_by_row(int32_t code) {
+// Whether a stage touches only the rows that Team::split gives it, when it reads and when it writes.
+inline bool reads_own_rows(int32_t code) {
   return code == HL_OP_EMBED || code == HL_OP_NORM || code == HL_OP_GATE || code == HL_OP_ADD || code == op_prepare;
 }
-
-// Work that threads share out chunk by chunk, all of it done before the next part begins.
-enum class Work : uint8_t { rows, linear, rope, attend, merge, head, top, top_merge };
-struct Part {
-  Work work;
-  size_t first, last;  // stages; more than one are done row by row
-  int64_t unit = 1;    // of the running step: rows, tiles ... of a chunk
-  int64_t n = 0;       // and of them all
-};
+inline bool writes_own_rows(int32_t code) { return reads_own_rows(code) || code == HL_OP_GATHER; }
 
 }  // namespace hl
 
@@ -52,7 +45,6 @@ struct hl_program {
   std::vector<hl_weight> weights;
   std::vector<hl_kv> pools;
   std::vector<hl::Stage> stages;
-  std::vector<hl::Part> parts;
   int32_t n_ops = 0, max_tokens = 0, vocabulary = 0, rotary = 0, heads = 0;
   int64_t head_in = 0, head_out = 0;
   void* memory = nullptr;
@@ -62,7 +54,7 @@ struct hl_program {
 
   // Of the running step.
   hl::AttendPlan plan;
-  std::unique_ptr<hl::Shares[]> shares;  // one for every part
+  std::unique_ptr<std::atomic<int32_t>[]> next;  // one for every stage, see attend_some
   hl::Scratch partials, top;
   std::vector<double> seconds;  // empty: nobody wants them
 };

@@ -27,120 +27,45 @@ void prepare_part(const LinearKernels& kernels, const Prepared& form, const floa
 class Run {
  public:
   Run(hl_program& program, const hl_step& step)
-      : p_(program), step_(step), ops_(*program.ctx->isa->ops), linear_(*program.ctx->isa->linear) {
-    const hl_weight* head = p_.stages.back().weight;
-    top_ = {step.logits,     head->out,    step.rows,        head->out,        step.top,
-            step.top_values, step.top_ids, step.log_sum_exp, p_.top.reserve(0)};
-  }
-
-  // Cuts every part into chunks.
-  void share_out() {
-    const int ranks = p_.ctx->pool.size();
-    for (size_t i = 0; i < p_.parts.size(); i++) {
-      Part& part = p_.parts[i];
-      measure(part, ranks);
-      p_.shares[i].reset((part.n + part.unit - 1) / part.unit, ranks);
-    }
-  }
+      : p_(program), step_(step), ops_(*program.ctx->isa->ops), linear_(*program.ctx->isa->linear) {}
 
   void operator()(const Team& team) const {
     using clock = std::chrono::steady_clock;
     const bool timed = team.rank == 0 && !p_.seconds.empty();
     auto before = timed ? clock::now() : clock::time_point();
-    for (size_t i = 0; i < p_.parts.size(); i++) {
-      const Part& part = p_.parts[i];
-      if (part.n == 0) continue;
-      Shares& shares = p_.shares[i];
-      shares.work(team.rank, team.size, [&](int64_t chunk) {
-        const int64_t begin = chunk * part.unit;
-        run(team, part, begin, std::min(part.n, begin + part.unit));
-      });
-      shares.wait();
+    for (size_t i = 0; i < p_.stages.size(); i++) {
+      const Stage& stage = p_.stages[i];
+      const int64_t rows = stage.wanted ? step_.rows : step_.tokens;
+      if (rows == 0) continue;  // for every thread alike
+      run(team, stage, rows, p_.next[i]);
+      if (stage.barrier && i + 1 < p_.stages.size()) team.barrier();
       if (!timed) continue;
       const auto now = clock::now();
-      p_.seconds[static_cast<size_t>(p_.stages[part.last].number)] +=
-          std::chrono::duration<double>(now - before).count();
+      p_.seconds[static_cast<size_t>(stage.number)] += std::chrono::duration<double>(now - before).count();
       before = now;
     }
   }
 
  private:
-  // How much there is to do in this step, and how much of it is worth a chunk: enough to make the taking of it cheap,
-  // little enough that nobody waits long for the last one.
-  void measure(Part& part, int ranks) const {
-    const Stage& stage = p_.stages[part.first];
-    const int64_t rows = stage.wanted ? step_.rows : step_.tokens;
-    const bool tops = step_.rows > 0 && (step_.top > 0 || step_.log_sum_exp != nullptr);
-    part.unit = 1;
-    switch (part.work) {
-      case Work::rows:
-        part.n = rows;
-        part.unit = std::max<int64_t>(1, std::min<int64_t>(16, rows / (4 * ranks)));
-        return;
-      case Work::linear:
-      case Work::head: {
-        // Whole groups of 32 columns, so that a thread can prepare what it made; with many rows 128 columns at once,
-        // while they are in the cache.
-        const int64_t grain = stage.ready.empty() ? 1 : 32 / columns_of(stage);
-        constexpr int64_t worth = 32 << 10;
-        part.n = rows == 0 ? 0 : tiles_of(*stage.weight);
-        part.unit = (worth + tile_bytes(*stage.weight) - 1) / tile_bytes(*stage.weight);
-        if (rows >= 32) part.unit = 128 / columns_of(stage);
-        part.unit = (part.unit + grain - 1) / grain * grain;
-        return;
-      }
-      case Work::rope:  // tokens that share cache lines of the pool are written by one thread
-        part.n = rows * stage.op.kv_heads;
-        part.unit = rows >= 2 * HL_SLOTS * ranks ? HL_SLOTS * stage.op.kv_heads : 1;
-        return;
-      case Work::attend:
-        part.n = static_cast<int64_t>(p_.plan.tasks.size());
-        return;
-      case Work::merge:
-        part.n = static_cast<int64_t>(p_.plan.merge_rows.size());
-        return;
-      case Work::top:
-        part.n = tops ? top_chunks(top_) : 0;
-        return;
-      case Work::top_merge:
-        part.n = tops ? rows : 0;
-        return;
+  void run(const Team& team, const Stage& stage, int64_t rows, std::atomic<int32_t>& next) const {
+    switch (stage.op.code) {
+      case HL_OP_LINEAR:
+        return linear(team, stage, rows);
+      case HL_OP_ROPE:
+        return rope(team, stage, rows);
+      case HL_OP_ATTEND:
+        return attend(team, stage, next);
+      case HL_OP_HEAD:
+        return head(team, stage, rows);
+      default:
+        break;
     }
-  }
-
-  // Columns that a tile becomes.
-  static int64_t columns_of(const Stage& stage) { return stage.op.flags & HL_SILU_MUL ? HL_TILE / 2 : HL_TILE; }
-
-  void run(const Team& team, const Part& part, int64_t begin, int64_t end) const {
-    const Stage& stage = p_.stages[part.first];
-    switch (part.work) {
-      case Work::rows:
-        return rows(part, begin, end);
-      case Work::linear:
-        return linear(stage, begin, end);
-      case Work::rope:
-        return rope(stage, begin, end);
-      case Work::attend:
-        return attend(team, stage, begin);
-      case Work::merge:
-        return merge(stage, begin);
-      case Work::head:
-        return head(stage, begin, end);
-      case Work::top:
-        return top_chunk(ops_, top_, begin);
-      case Work::top_merge:
-        return top_merge(top_, begin);
+    const Range mine = team.split(rows);
+    for (int64_t r = mine.begin; r < mine.end; r++) {
+      one_row(stage, r);
+      for (const Prepared& form : stage.ready)
+        linear_.prepare(form.act, stage.out + r * stage.out_width, stage.out_width, form.rows + r * form.stride);
     }
-  }
-
-  void rows(const Part& part, int64_t begin, int64_t end) const {
-    for (int64_t r = begin; r < end; r++)
-      for (size_t i = part.first; i <= part.last; i++) {
-        const Stage& stage = p_.stages[i];
-        one_row(stage, r);
-        for (const Prepared& form : stage.ready)
-          linear_.prepare(form.act, stage.out + r * stage.out_width, stage.out_width, form.rows + r * form.stride);
-      }
   }
 
   void one_row(const Stage& stage, int64_t r) const {
@@ -169,21 +94,30 @@ class Run {
     }
   }
 
-  void linear(const Stage& stage, int64_t tile, int64_t end) const {
-    const int64_t rows = stage.wanted ? step_.rows : step_.tokens, columns = columns_of(stage);
-    linear_.product(*stage.weight, stage.from.rows, stage.from.stride, rows, tile, end,
-                    {stage.out, stage.out_width, stage.op.bias, stage.op.flags});
-    for (const Prepared& form : stage.ready)
-      for (int64_t r = 0; r < rows; r++)
-        prepare_part(linear_, form, stage.out + r * stage.out_width, tile * columns,
-                     std::min(end * columns, stage.out_width), r);
+  void linear(const Team& team, const Stage& stage, int64_t rows) const {
+    const Epilogue out = {stage.out, stage.out_width, stage.op.bias, stage.op.flags};
+    const int64_t columns = stage.op.flags & HL_SILU_MUL ? HL_TILE / 2 : HL_TILE;  // that a tile becomes
+    // Threads take whole groups of 32 columns, so that each can prepare what it made. With many rows that happens every
+    // 128 columns, while they are in the cache.
+    const int64_t grain = stage.ready.empty() ? 1 : 32 / columns;
+    const Range tiles = team.split(tiles_of(*stage.weight), grain);
+    const int64_t at_once = stage.ready.empty() || rows < 32 ? tiles.end - tiles.begin : 128 / columns;
+    for (int64_t tile = tiles.begin; tile < tiles.end; tile += at_once) {
+      const int64_t end = std::min(tiles.end, tile + at_once);
+      linear_.product(*stage.weight, stage.from.rows, stage.from.stride, rows, tile, end, out);
+      for (const Prepared& form : stage.ready)
+        for (int64_t r = 0; r < rows; r++)
+          prepare_part(linear_, form, stage.out + r * stage.out_width, tile * columns,
+                       std::min(end * columns, stage.out_width), r);
+    }
   }
 
-  void rope(const Stage& stage, int64_t begin, int64_t end) const {
+  void rope(const Team& team, const Stage& stage, int64_t rows) const {
     const hl_op& op = stage.op;
     const hl_kv& kv = p_.pools[static_cast<size_t>(op.layer)];
     const int64_t size = op.head_size, share = op.heads / op.kv_heads, half = op.rotary / 2;
-    for (int64_t i = begin; i < end; i++) {
+    const Range mine = team.split(rows * op.kv_heads);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
       const int64_t t = i / op.kv_heads;
       const int32_t g = static_cast<int32_t>(i % op.kv_heads);
       float* row = stage.in + t * stage.in_width;
@@ -198,54 +132,48 @@ class Run {
     }
   }
 
-  Attention attention(const Stage& stage) const {
-    const hl_kv& kv = p_.pools[static_cast<size_t>(stage.op.layer)];
-    return {&kv,
-            &step_,
-            stage.op.heads,
-            stage.op.scale,
-            stage.in,
-            stage.in_width,
-            stage.out,
-            stage.out_width,
-            static_cast<float*>(p_.partials.reserve(0))};
-  }
-
-  void attend(const Team& team, const Stage& stage, int64_t number) const {
-    const AttendTask& task = p_.plan.tasks[static_cast<size_t>(number)];
-    ops_.attend(attention(stage), task, p_.attend_scratch + team.rank * p_.attend_bytes);
-    if (task.partial >= 0) return;
-    for (int32_t r = task.row0; r < task.row1; r++) attended(stage, task, r);
-  }
-
-  void merge(const Stage& stage, int64_t number) const {
-    const auto [index, row] = p_.plan.merge_rows[static_cast<size_t>(number)];
-    const AttendTask& task = p_.plan.merges[static_cast<size_t>(index)];
-    ops_.merge(attention(stage), task, row);
-    attended(stage, task, row);
-  }
-
-  // Prepares the head that a row of a task is.
-  void attended(const Stage& stage, const AttendTask& task, int64_t row) const {
+  void attend(const Team& team, const Stage& stage, std::atomic<int32_t>& next) const {
     const hl_op& op = stage.op;
-    const int64_t share = op.heads / op.kv_heads, head = task.kv_head * share + row % share;
-    const int64_t token = step_.query_start[task.sequence] + row / share;
-    for (const Prepared& form : stage.ready)
-      prepare_part(linear_, form, stage.out + token * stage.out_width, head * op.head_size, (head + 1) * op.head_size,
-                   token);
+    const hl_kv& kv = p_.pools[static_cast<size_t>(op.layer)];
+    const Attention what = {&kv,       &step_,          op.heads,  op.scale, stage.in, stage.in_width,
+                            stage.out, stage.out_width, partials()};
+    const int64_t share = op.heads / op.kv_heads;
+    const auto done = [&](const AttendTask& task) {
+      for (const Prepared& form : stage.ready)
+        for (int64_t r = task.row0; r < task.row1; r++) {
+          const int64_t token = step_.query_start[task.sequence] + r / share, head = task.kv_head * share + r % share;
+          prepare_part(linear_, form, stage.out + token * stage.out_width, head * op.head_size,
+                       (head + 1) * op.head_size, token);
+        }
+    };
+    attend_some(ops_, what, p_.plan, next, p_.attend_scratch + team.rank * p_.attend_bytes, done);
+    if (p_.plan.merges.empty()) return;
+    team.barrier();
+    merge_some(team, ops_, what, p_.plan, done);
   }
+  float* partials() const { return static_cast<float*>(p_.partials.reserve(0)); }
 
-  void head(const Stage& stage, int64_t tile, int64_t end) const {
-    linear_.product(*stage.weight, stage.from.rows, stage.from.stride, step_.rows, tile, end,
-                    {step_.logits, stage.weight->out, stage.op.bias, 0});
-    if (step_.hidden != nullptr && tile == 0) std::copy_n(stage.in, step_.rows * stage.in_width, step_.hidden);
+  void head(const Team& team, const Stage& stage, int64_t rows) const {
+    const hl_weight& weight = *stage.weight;
+    const Range tiles = team.split(tiles_of(weight));
+    linear_.product(weight, stage.from.rows, stage.from.stride, rows, tiles.begin, tiles.end,
+                    {step_.logits, weight.out, stage.op.bias, 0});
+    if (step_.hidden != nullptr) {
+      const Range mine = team.split(rows);
+      std::copy(stage.in + mine.begin * stage.in_width, stage.in + mine.end * stage.in_width,
+                step_.hidden + mine.begin * stage.in_width);
+    }
+    if (step_.top == 0 && step_.log_sum_exp == nullptr) return;
+    team.barrier();
+    top_rows(team, ops_,
+             {step_.logits, weight.out, rows, weight.out, step_.top, step_.top_values, step_.top_ids, step_.log_sum_exp,
+              p_.top.reserve(0)});
   }
 
   hl_program& p_;
   const hl_step& step_;
   const OpKernels& ops_;
   const LinearKernels& linear_;
-  TopRows top_;
 };
 
 int32_t check(const hl_program& p, const hl_step& step) {
@@ -296,9 +224,8 @@ extern "C" int32_t hl_program_run(hl_program* program, const hl_step* step) {
     p.partials.reserve(p.plan.partial_floats * 4);
     if (step->rows > 0 && (step->top > 0 || step->log_sum_exp != nullptr))
       p.top.reserve(hl::top_scratch(step->rows, p.head_out, step->top));
-    hl::Run run(p, *step);
-    run.share_out();
-    p.ctx->pool.run(run);
+    for (size_t i = 0; i < p.stages.size(); i++) p.next[i].store(0, std::memory_order_relaxed);
+    p.ctx->pool.run(hl::Run(p, *step));
     return HL_OK;
   });
 }
