@@ -115,7 +115,7 @@ def main() -> None:
     report.write(
         "quality",
         "What each kind costs in quality",
-        f"SmolLM2-135M-Instruct out of its Q4_1 file. Perplexity over {args.tokens:,} tokens of WikiText-2 and of Chinese "
+        f"SmolLM2-135M-Instruct out of its Q4_1 file. Perplexity of {args.tokens:,} tokens of WikiText-2 and Chinese "
         f"Wikipedia (UD GSDSimp), windows of {WINDOW}; {len(asked)} ARC questions (standard deviation "
         f"{noise:.1f} points). int4 of this file is lossless, for it was 4-bit with groups of 32 already.",
         report.table(["kind", "English", "change", "Chinese", "change", "ARC"], rows),
