@@ -47,6 +47,7 @@ class Placement:
         context: of the native runner; None for torch.
         cache: of packed weights on disk.
         lowering: the packed weights, once loaded.
+        path: of the model.
         free: bytes of memory that could be taken before loading.
     """
 
@@ -57,6 +58,7 @@ class Placement:
     context: Context | None = None
     cache: PackedCache | None = None
     lowering: Lowering | None = None
+    path: Path = Path()
     free: int = 0
 
     def taker(self, model: nn.Module) -> Lowering:
@@ -125,6 +127,7 @@ def load(path: Path, placement: Placement, progress: Callable[[int, int], None] 
         CheckpointError, ConfigError: files that are broken or do not fit.
         CapacityError: too little memory, before any of it is taken.
     """
+    placement.path = path
     return load_model(
         path,
         dtype=placement.dtype,
@@ -217,6 +220,9 @@ def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: R
 
 def _runner(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: RopeConfig, blocks: int) -> Runner:
     size = settings.cache_block_seq_len
+    if placement.lowering and not placement.lowering.sound():
+        placement.lowering = None
+        loaded = load(placement.path, placement)
     if placement.lowering is None or placement.context is None:
         return TorchRunner(loaded.model, blocks=blocks, block_size=size, invariant=settings.deterministic)
     return NativeRunner(

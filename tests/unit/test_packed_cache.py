@@ -34,7 +34,7 @@ from hanlin.options import EngineConfig
 pytestmark = pytest.mark.skipif(not available(), reason=f"the native library: {unavailable_reason()}")
 
 KEY = PackedKey.of("model", "state", ["form"])
-PAGES = 600  # more than one piece, fewer than two
+PAGES = 600
 
 
 def filled(pages: int = PAGES, seed: int = 0) -> Arena:
@@ -52,14 +52,20 @@ def stored_in(folder: Path, key: PackedKey = KEY, arena: Arena | None = None, **
 
 def held(folder: Path, key: PackedKey = KEY, pages: int = PAGES) -> bytes | None:
     found = PackedCache(folder).find(key, pages * PAGE)
-    return None if found is None else bytes(found.whole)
+    return bytes(found.arena.whole) if found and found.sound() else None
 
 
 # ---- a file and what can happen to it -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pages", [1, 256, 257, PAGES, 4096 + 3])
-def test_what_was_stored_is_found(tmp_path: Path, pages: int) -> None:
+@pytest.mark.parametrize("pages", [1, 7, 8, 9, PAGES, 4096 + 3])
+@pytest.mark.parametrize("piece", [None, 8 * PAGE])
+def test_what_was_stored_is_found(
+    tmp_path: Path, pages: int, piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if piece:
+        monkeypatch.setattr(packed_cache, "_PIECE", piece)
+        monkeypatch.setattr(packed_cache, "_CHUNK", piece // 4)
     arena = filled(pages)
     path = stored_in(tmp_path, arena=arena)
     assert held(tmp_path, pages=pages) == bytes(arena.whole)
@@ -71,8 +77,8 @@ def test_found_memory_is_private(tmp_path: Path) -> None:
     arena = filled()
     stored_in(tmp_path, arena=arena)
     found = PackedCache(tmp_path).find(KEY, arena.size)
-    assert found is not None
-    found.whole[:8] = b"\0" * 8
+    assert found is not None and found.sound()
+    found.arena.whole[:8] = b"\0" * 8
     assert held(tmp_path) == bytes(arena.whole)
 
 
@@ -95,18 +101,8 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     arena = filled()
     path = stored_in(tmp_path, arena=arena)
     sound = path.read_bytes()
-    image = {
-        0,
-        1,
-        PAGE - 1,
-        PAGE,
-        7777,
-        packed_cache._PIECE - 1,
-        packed_cache._PIECE,
-        arena.size - PAGE,
-        arena.size - 1,
-    }
-    for position in [*sorted(image), *range(arena.size, len(sound))]:
+    image = (0, 1, PAGE - 1, PAGE, 7777, 1 << 20, arena.size - PAGE, arena.size - 1)
+    for position in (*image, *range(arena.size, len(sound))):
         for bit in (1, 0x80):
             broken = bytearray(sound)
             broken[position] ^= bit
@@ -189,37 +185,38 @@ def test_something_else_of_that_name_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_cannot_deliver_a_page_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(mapping: object, start: int, size: int) -> None:
-        raise OSError(errno.EFAULT, "Bad address")
+    def broken(piece: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
 
-    stored_in(tmp_path)
-    monkeypatch.setattr(packed_cache, "_populate", broken)
-    assert held(tmp_path) is None
+    for huge in (True, False):  # where it is noticed
+        path = stored_in(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_cache, "huge_pages", lambda huge=huge: huge)
+            patch.setattr(packed_cache, "_populate", broken)
+            assert held(tmp_path) is None and not path.exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="madvise(MADV_POPULATE_READ) is Linux's")
-def test_pages_behind_the_end_of_the_file_are_an_error_and_no_crash(tmp_path: Path) -> None:
-    import mmap
-
+def test_a_file_that_is_cut_while_it_is_checked_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stored_in(tmp_path)
-    with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), PAGES * PAGE, access=mmap.ACCESS_COPY)
-    try:
-        mapping.madvise(packed_cache._POPULATE_READ, 0, PAGE)
-    except OSError:
+    mapped = packed_cache._mapped(path, KEY, PAGES * PAGE)
+    assert mapped is not None
+    if packed_cache._advise(mapped[0], packed_cache._POPULATE_READ) == errno.EINVAL:
         pytest.skip("this Linux is older than 5.14")
+    monkeypatch.setattr(packed_cache, "huge_pages", lambda: False)
     os.truncate(path, 16 * PAGE)
-    assert packed_cache._sums(mapping, np.frombuffer(mapping, np.uint8)) is None
+    assert not packed_cache.Found(path, *mapped).sound()
 
 
 @pytest.mark.parametrize("huge", [True, False])
 def test_small_pages_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, huge: bool) -> None:
     arena = filled()
     stored_in(tmp_path, arena=arena)
-    monkeypatch.setattr(packed_cache, "_small_pages", lambda image: not huge)
+    monkeypatch.setattr(packed_cache, "_in_small_pages", lambda image: not huge)
+    monkeypatch.setattr(packed_cache, "_PIECE", 7 * PAGE)
     found = PackedCache(tmp_path).find(KEY, arena.size)
-    assert found is not None and bytes(found.whole) == bytes(arena.whole)
-    assert (found._memory is not None) == huge
+    assert found is not None and found.sound() and bytes(found.arena.whole) == bytes(arena.whole)
+    assert (found.arena._memory is not None) == huge
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux's")
@@ -229,8 +226,8 @@ def test_the_pages_of_a_map_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = stored_in(tmp_path, arena=arena)
     for granted in (True, False):
         monkeypatch.setattr(packed_cache, "huge_pages", lambda granted=granted: granted)
-        image = packed_cache._mapped(path, KEY, PAGE)
-        assert image is not None and packed_cache._small_pages(image) == granted
+        mapped = packed_cache._mapped(path, KEY, PAGE)
+        assert mapped is not None and packed_cache._in_small_pages(mapped[0]) == granted
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -458,6 +455,7 @@ def lowered(path: Path, weights: str, cache: PackedCache | None) -> Lowering:
         load_model(path, dtype=torch.float32, device=torch.device("cpu"), taker=taker)
     if cache:
         cache.close()
+    assert made[0].sound()
     return made[0]
 
 
@@ -642,3 +640,31 @@ def test_the_switch_and_the_place(tiny: Any, tmp_path: Path, monkeypatch: pytest
     placements = [load(), load(), load(packed_cache=False)]
     assert [p.lowering.cached for p in placements if p.lowering] == [False, True, False]
     assert len(list((tmp_path / "home" / "packed").glob("*.packed"))) == 1
+
+
+@pytest.mark.parametrize("where", [0, 5000, -200, -1])
+def test_weights_of_a_damaged_file_are_packed_again_before_they_are_used(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: int
+) -> None:
+    kind = KINDS["internlm2"]
+    path = write_model(tmp_path / "m", tiny("internlm2", **SIZES, **kind), kind)
+    monkeypatch.setenv("HANLIN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(assembly, "_LEAST_PACKED", 0)
+    settings = EngineConfig(weights="int8", runner="native", threads=1, cache_bytes=1 << 20)
+
+    def packed() -> Lowering:
+        placement = assembly.place(settings)
+        loaded = assembly.load(path, placement)
+        assembly._runner(loaded, settings, placement, loaded.config.rope, 8).close()
+        assert placement.cache and placement.lowering
+        placement.cache.close()
+        return placement.lowering
+
+    first = packed()
+    (file,) = (tmp_path / "home" / "packed").glob("*.packed")
+    broken = bytearray(file.read_bytes())
+    broken[where] ^= 16
+    file.write_bytes(broken)
+    second, third = packed(), packed()
+    assert (first.cached, second.cached, third.cached) == (False, False, True)
+    assert content(first) == content(second) == content(third)

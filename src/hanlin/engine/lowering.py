@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hanlin.errors import ConfigError, problems
 from hanlin.kernels.native import Arena, Context, Kind, PackedWeight, Source, library_path, packed_bytes
-from hanlin.kernels.packed_cache import PAGE, PackedCache, PackedKey, digest_of_files
+from hanlin.kernels.packed_cache import PAGE, Found, PackedCache, PackedKey, digest_of_files
 from hanlin.layers.linear import Linear
 from hanlin.models.parts import HasParts, ModelParts
 
@@ -91,7 +91,7 @@ class Lowering:
     module. With a cache, a plan that was carried out before is there already, and nothing is read.
 
     Attributes:
-        cached: whether the weights come from the cache, known after `plan`.
+        cached: whether the weights come from the cache, known after `plan`; see `sound`.
 
     Raises:
         ConfigError: weight kinds that a shape cannot have, all of them at once.
@@ -103,7 +103,7 @@ class Lowering:
         assert isinstance(model, nn.Module)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._weights, self._context, self._cache = weights, context, cache
-        self.cached = False
+        self._found: Found | None = None
         parts: ModelParts = model.parts()
         config = model.config
         sizes = {
@@ -195,6 +195,14 @@ class Lowering:
         if self._cache and not self.cached and self._files == files:
             self._cache.store(self._key, self._arena)
 
+    @property
+    def cached(self) -> bool:
+        return self._found is not None
+
+    def sound(self) -> bool:
+        """To be asked before the weights are used: no, if what was in the cache is damaged. Then all must be read."""
+        return self._found is None or self._found.sound()
+
     def _lay_out(self, stored: Mapping[str, tuple[str, ...]], files: Mapping[str, tuple[int, ...]]) -> None:
         """One arena for everything that `take` takes: weights, then biases, then the embedding's table."""
         dtype = torch.float32 if self._weights == "float32" else torch.bfloat16
@@ -204,9 +212,8 @@ class Lowering:
         sizes += [table.numel() * dtype.itemsize] if table else []
         size = -(-sum(-(-size // 64) * 64 for size in sizes) // PAGE) * PAGE
         self._files, self._key = files, PackedKey.of(sorted(files), sorted(files.items()), self._form(stored, size))
-        found = self._cache.find(self._key, size) if self._cache else None
-        self.cached = found is not None
-        self._arena = arena = found or Arena(size)
+        self._found = self._cache.find(self._key, size) if self._cache else None
+        self._arena = arena = self._found.arena if self._found else Arena(size)
         for slot in self.slots:
             slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, wide=slot.wide, arena=arena)
         for slot in self.slots:

@@ -4,10 +4,10 @@ A file is the image of an arena, in whole pages, and a trailer of fixed size. No
 that decides about a byte of the image is in the key: the model's files and their state, the plan of the weights, the
 program that packs, the CPU. So a file is what a load would make, or it is not used, and written anew.
 
-Every use checks every byte. That costs about what reading the file from the page cache costs, and puts the pages in
-place, so the first step finds them there. Checked are 64-bit sums of all rows and of all columns of words, 4 KiB to a
-row, hashed: they find any three wrong words in a mebibyte, and chance fools them once in 2^128. They are no defence
-against somebody who writes to the folder, who could as well replace the models.
+Every use checks every byte. That costs what reading the file from the page cache costs, puts the pages in place for the
+first step, and is done by threads of its own while the tokenizer is built. Checked are 64-bit sums of all rows and all
+columns of words, a page to a row, hashed: they find any three wrong words, and chance fools them once in 2^128. They
+are no defence against somebody who writes to the folder, who could as well replace the models.
 
 Mapping beats reading: pages are shared with other processes and with the page cache, and none has to be copied. That
 holds where the file system keeps files in huge pages (XFS, Btrfs, ext4 from Linux 6.16), as large writes make it. Out
@@ -16,6 +16,7 @@ of small pages decoding is a tenth slower, so there the map is copied into an ar
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -39,18 +40,18 @@ from numpy.typing import NDArray
 
 from hanlin.kernels.native import Arena, default_threads, huge_pages
 
-__all__ = ["PAGE", "PackedCache", "PackedKey", "digest_of_files"]
+__all__ = ["PAGE", "Found", "PackedCache", "PackedKey", "digest_of_files"]
 
 PAGE = 4096
-_PIECE = 1 << 20  # summed at once: stays in a core's cache
-_CHUNK = 1 << 24  # given to a thread, and to a write, at once: large writes make the page cache use huge pages
+_CHUNK = 1 << 24  # written at once: large writes make the page cache use huge pages
+_PIECE = 1 << 26  # checked at once: every piece waits for Python's lock, which the tokenizer's building holds for long
 _VERSION = 1
 _MAGIC = b"HANLINPW"
 _TRAILER = struct.Struct("<8sIIQ32s32s")  # magic, version, page, size, key, sums; then the hash of these
 _SEAL = 32
 _RESERVE = 1 << 30  # bytes that stay free on the disk at least
 _FORMS = 3  # files of one model: kinds of weights in turn; those of older versions of this package fall out
-_POPULATE_READ = 22  # of madvise, Linux 5.14 and later; Python has no name for it
+_DONT_NEED, _HUGE_PAGE, _POPULATE_READ = 4, 14, 22  # of Linux's madvise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,66 @@ def digest_of_files(paths: Iterable[Path]) -> bytes:
     return found.digest()
 
 
+class Found:
+    """Stored weights, which must not be used before `sound` has said yes.
+
+    Attributes:
+        arena: the weights.
+    """
+
+    def __init__(self, path: Path, image: NDArray[np.uint8], sums: bytes) -> None:
+        """`image` is a map of the file; it is copied, if it lies in small pages."""
+        self._path, self._expected = path, sums
+        self._sums = _Sums(len(image))
+        _advise(image, _HUGE_PAGE)
+        copied = _in_small_pages(image)
+        self.arena = Arena(len(image)) if copied else Arena(len(image), image)
+        to = np.frombuffer(self.arena.whole, np.uint8)
+
+        def check(start: int) -> None:
+            piece = image[start : start + _PIECE]
+            _populate(piece)
+            if copied:
+                to[start : start + _PIECE] = piece
+                _advise(piece, _DONT_NEED)
+            self._sums.add(start, to[start : start + _PIECE])
+
+        threads = ThreadPoolExecutor(default_threads(), "hanlin-packed-check")
+        self._checks = [threads.submit(check, start) for start in range(0, len(image), _PIECE)]
+        threads.shutdown(wait=False)
+
+    def sound(self) -> bool:
+        """Wait until all is checked, and tell whether it is what was stored. If not, the file is removed."""
+        try:
+            for check in self._checks:
+                check.result()
+            right = self._sums.digest() == self._expected
+        except OSError:  # the disk can't deliver it
+            right = False
+        if not right:
+            _remove(self._path)
+        return right
+
+
+class _Sums:
+    """Sums of the rows and the columns of an image, gathered piece by piece, in any order, by any number of threads."""
+
+    def __init__(self, size: int) -> None:
+        self._rows = np.zeros(size // PAGE, np.uint64)
+        self._columns = np.zeros(PAGE // 8, np.uint64)
+        self._lock = threading.Lock()
+
+    def add(self, start: int, piece: NDArray[np.uint8]) -> None:
+        words = piece.view(np.uint64).reshape(-1, PAGE // 8)
+        words.sum(1, out=self._rows[start // PAGE : start // PAGE + len(words)])
+        columns = words.sum(0)
+        with self._lock:
+            self._columns += columns
+
+    def digest(self) -> bytes:
+        return blake2b(self._rows.tobytes() + self._columns.tobytes(), digest_size=32).digest()
+
+
 class PackedCache:
     """A folder of packed weights, shared by any number of processes. Whatever goes wrong, there is just no file.
 
@@ -111,26 +172,23 @@ class PackedCache:
         self._writer: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def find(self, key: PackedKey, size: int) -> Arena | None:
-        """The arena of `size` bytes that was stored under `key`, checked; None when there is none.
+    def find(self, key: PackedKey, size: int) -> Found | None:
+        """What was stored under `key`, of `size` bytes, while it is still being checked; None when there is nothing.
 
         A file that is not what it should be is removed.
         """
         path = self.folder / key.name
         try:
-            memory = _mapped(path, key, size)
-            if memory is None:
-                path.unlink(missing_ok=True)
+            mapped = _mapped(path, key, size)
+            if mapped is None:
+                _remove(path)
                 return None
+            found = Found(path, *mapped)
         except (OSError, ValueError):
             return None
         with suppress(OSError):
             os.utime(path)  # used last now
-        if not _small_pages(memory):
-            return Arena(size, memory)
-        arena = Arena(size)
-        _copy(memory, np.frombuffer(arena.whole, np.uint8))
-        return arena
+        return found
 
     def store(self, key: PackedKey, arena: Arena) -> None:
         """Write an arena that won't change any more to its file, behind the caller's back."""
@@ -199,12 +257,12 @@ class PackedCache:
         unfinished = Path(name)
         try:
             with open(handle, "wb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
-                sums = blake2b(digest_size=32)
+                sums = _Sums(len(image))
                 for start in range(0, len(image), _CHUNK):
                     if self._stop.is_set():
                         raise InterruptedError
                     chunk = image[start : start + _CHUNK]
-                    sums.update(_summed(np.frombuffer(chunk, np.uint8)))
+                    sums.add(start, np.frombuffer(chunk, np.uint8))
                     _write_all(file, chunk)
                 _write_all(file, _trailer(key, len(image), sums.digest()))
                 os.fsync(file.fileno())
@@ -237,8 +295,16 @@ def _trailer(key: PackedKey, size: int, sums: bytes) -> bytes:
     return fields + blake2b(fields, digest_size=_SEAL).digest()
 
 
-def _mapped(path: Path, key: PackedKey, size: int) -> NDArray[np.uint8] | None:
-    """The image in a file, in memory that is the file's until it is written to; None when anything about it is wrong.
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _mapped(path: Path, key: PackedKey, size: int) -> tuple[NDArray[np.uint8], bytes] | None:
+    """The image in a file, in memory that is the file's until it is written to, and what its sums should be.
+
+    Returns:
+        None for a file that is not finished, or another one.
 
     Raises:
         OSError: no file, or it can't be read at all.
@@ -254,74 +320,39 @@ def _mapped(path: Path, key: PackedKey, size: int) -> NDArray[np.uint8] | None:
         if trailer != _trailer(key, size, sums):
             return None
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    image = np.frombuffer(mapping, np.uint8)
-    return image if _sums(mapping, image) == sums else None
+    return np.frombuffer(mapping, np.uint8), sums
 
 
-def _sums(mapping: mmap.mmap, image: NDArray[np.uint8]) -> bytes | None:
-    """The sums of an image, computed by all threads; None where the disk can't deliver it."""
-    _advise(mapping, "MADV_HUGEPAGE", 0, len(image))
-
-    def summed(start: int) -> bytes:
-        chunk = image[start : start + _CHUNK]
-        _populate(mapping, start, len(chunk))
-        return _summed(chunk)
-
-    found = blake2b(digest_size=32)
-    try:
-        with ThreadPoolExecutor(default_threads()) as threads:
-            for part in threads.map(summed, range(0, len(image), _CHUNK)):
-                found.update(part)
-    except OSError:
-        return None
-    return found.digest()
-
-
-def _small_pages(image: NDArray[np.uint8]) -> bool:
+def _in_small_pages(image: NDArray[np.uint8]) -> bool:
     """Whether a map lies in small pages where fresh memory would lie in huge ones; no, if the system does not tell."""
     if not huge_pages():
         return False
-    with suppress(OSError), Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
-        start = f"{image.ctypes.data:x}-"
-        for line in dropwhile(lambda line: not line.startswith(start), lines):
-            name, _, value = line.partition(":")
-            if name == "FilePmdMapped":
-                return int(value.split()[0]) * 1024 < len(image) // 2
+    first = image[:_PIECE]
+    start = f"{image.ctypes.data:x}-"
+    with suppress(OSError):
+        _populate(first)
+        with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
+            for line in dropwhile(lambda line: not line.startswith(start), lines):
+                name, _, value = line.partition(":")
+                if name == "FilePmdMapped":
+                    return int(value.split()[0]) * 1024 < len(first) // 2
     return False
 
 
-def _copy(source: NDArray[np.uint8], to: NDArray[np.uint8]) -> None:
-    def copy(start: int) -> None:
-        to[start : start + _CHUNK] = source[start : start + _CHUNK]
-
-    with ThreadPoolExecutor(default_threads()) as threads:
-        list(threads.map(copy, range(0, len(to), _CHUNK)))
-
-
-def _populate(mapping: mmap.mmap, start: int, size: int) -> None:
-    """Have pages read from the disk, where an error is an error: touching a page that can't be read ends the process.
+def _populate(piece: NDArray[np.uint8]) -> None:
+    """Have pages of a map read from the disk, where an error is an error: touching them, it would end the process.
 
     Raises:
         OSError: the disk can't deliver them.
     """
-    if sys.platform == "linux":
-        try:
-            mapping.madvise(_POPULATE_READ, start, size)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # an older Linux
-                raise
+    if _advise(piece, _POPULATE_READ) not in (0, errno.EINVAL):  # not known to Linux before 5.14
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def _advise(mapping: mmap.mmap, advice: str, start: int, size: int) -> None:
-    if hasattr(mmap, advice):
-        with suppress(OSError):
-            mapping.madvise(getattr(mmap, advice), start, size)
-
-
-def _summed(chunk: NDArray[np.uint8]) -> bytes:
-    """The hashed sums of whole pages."""
-    parts = []
-    for start in range(0, len(chunk), _PIECE):
-        words = chunk[start : start + _PIECE].view(np.uint64).reshape(-1, PAGE // 8)
-        parts.append(np.concatenate((words.sum(1), words.sum(0))).tobytes())
-    return blake2b(b"".join(parts), digest_size=32).digest()
+def _advise(piece: NDArray[np.uint8], advice: int) -> int:
+    """madvise on whole pages, without Python's lock; its error number."""
+    if sys.platform != "linux":
+        return 0
+    call = ctypes.CDLL(None, use_errno=True).madvise
+    failed = call(ctypes.c_void_p(piece.ctypes.data), ctypes.c_size_t(piece.size), ctypes.c_int(advice))
+    return ctypes.get_errno() if failed else 0
