@@ -145,7 +145,9 @@ class Machine:
     def release(self, sequence: Running) -> None:
         self.free += sequence.blocks
 
-    def step(self, work: Sequence[tuple[Running, Sequence[int]]], *, rows: Any = None, **wanted: Any) -> Result:
+    def step(
+        self, work: Sequence[tuple[Running, Sequence[int]]], *, rows: Any = None, states: int = 0, **wanted: Any
+    ) -> Result:
         positions: list[int] = []
         slots: list[int] = []
         for sequence, ids in work:
@@ -173,6 +175,7 @@ class Machine:
                 block_table=table,
             ),
             rows=np.arange(len(ids), dtype=np.int32) if rows is None else rows,
+            states=states,
         )
         result = self.program.run(step, **wanted)
         if rows is None:
@@ -297,6 +300,21 @@ def test_wanted_rows_hidden_states_and_top(machines: dict[int, Machine]) -> None
     machine.release(sequence)
 
 
+def test_states_without_logits(machines: dict[int, Machine]) -> None:
+    """The last of the wanted rows as hidden states alone, beside rows with logits and without any."""
+    ids = some_ids(40)
+    rows = np.array([7, 39, 3, 20], np.int32)
+    whole = machines[1].step([(machines[1].sequence(), ids)], rows=rows, hidden=True)
+    for machine in machines.values():
+        for states in (1, 3, 4):
+            sequence = machine.sequence()
+            got = machine.step([(sequence, ids)], rows=rows, states=states, top=2)
+            assert np.array_equal(got.hidden, whole.hidden)
+            assert np.array_equal(got.logits, whole.logits[: 4 - states])
+            assert got.top is not None and got.top.ids.shape == (4 - states, 2)
+            machine.release(sequence)
+
+
 def test_bad_steps_are_refused_before_anything_is_computed(machines: dict[int, Machine]) -> None:
     program, half = machines[1].program, machines[1].model.config.rope.dims // 2
     good: dict[str, Any] = {
@@ -317,6 +335,8 @@ def test_bad_steps_are_refused_before_anything_is_computed(machines: dict[int, M
         "id -1": {"ids": np.array([1, -1], np.int32)},
         "slot 1024": {"slots": np.array([0, 1024], np.int64)},
         "row 0 is token 2": {"rows": np.array([2], np.int32)},
+        "2 of 1 wanted": {"states": 2},
+        "-1 of 1 wanted": {"states": -1},
         "cos or sin is missing": {"cos": None},
         "dtype must be int32": {"ids": np.array([1, 2])},
     }

@@ -36,6 +36,7 @@ class StepStruct(ctypes.Structure):
         ("max_blocks", _I32),
         ("rows", _I32),
         ("top", _I32),
+        ("states", _I32),
         ("ids", _P),
         ("cos", _P),
         ("sin", _P),

@@ -58,13 +58,15 @@ class Step:
         cos, sin: (T, rotary / 2) float32; None where nothing rotates.
         slots: (T,) int64, where each token's key and value go: block * block_size + offset.
         layout: the sequences.
-        rows: (R,) int32, the tokens whose logits are wanted.
+        rows: (R,) int32, the tokens whose logits are wanted, each at most once.
+        states: the last so many of the rows are wanted as hidden states alone.
     """
 
     ids: Any
     slots: Any
     layout: Layout
     rows: Any
+    states: int = 0
     cos: Any = None
     sin: Any = None
 
@@ -72,8 +74,8 @@ class Step:
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Attributes:
-    logits: (R, V) float32.
-    hidden: (R, D) float32, what the head multiplied; None if not asked for.
+    logits: (R - states, V) float32.
+    hidden: (R, D) float32, what the head multiplies; None if not asked for.
     top: the largest logits of each row; None if not asked for.
     """
 
@@ -228,8 +230,8 @@ class Program:
         """Compute one step on all threads of the context.
 
         Args:
-            logits: float32 (R, V) to write to; None makes a numpy array.
-            hidden: also return what the head multiplied.
+            logits: float32 (R - states, V) to write to; None makes a numpy array.
+            hidden: also return what the head multiplies; always done when there are `states`.
             top: also return so many of the largest logits of each row, and log(sum(exp)).
             log_sum_exp: return that even when top is 0.
 
@@ -238,7 +240,8 @@ class Program:
                 has been computed then.
         """
         tokens, rows = len(step.ids), len(step.rows)
-        struct = StepStruct(tokens=tokens, rows=rows, top=top)
+        scored = max(0, rows - step.states)
+        struct = StepStruct(tokens=tokens, rows=rows, top=top, states=step.states)
         step.layout.fill(struct)
         struct.ids = _pointer(step.ids, "ids", ("int32",), (tokens,))
         struct.slots = _pointer(step.slots, "slots", ("int64",), (tokens,))
@@ -248,14 +251,15 @@ class Program:
             struct.cos = _pointer(step.cos, "cos", ("float32",), (tokens, half))
             struct.sin = _pointer(step.sin, "sin", ("float32",), (tokens, half))
         if logits is None:
-            logits = np.empty((rows, self.vocabulary), np.float32)
-        struct.logits = _pointer(logits, "logits", ("float32",), (rows, self.vocabulary))
-        states = np.empty((rows, self.hidden_size), np.float32) if hidden else None
+            logits = np.empty((scored, self.vocabulary), np.float32)
+        struct.logits = _pointer(logits, "logits", ("float32",), (scored, self.vocabulary))
+        states = np.empty((rows, self.hidden_size), np.float32) if hidden or step.states else None
         if states is not None:
             struct.hidden = states.ctypes.data
         found = None
         if top or log_sum_exp:
-            found = Top(np.empty((rows, top), np.float32), np.empty((rows, top), np.int32), np.empty(rows, np.float32))
+            shape = (scored, top)
+            found = Top(np.empty(shape, np.float32), np.empty(shape, np.int32), np.empty(scored, np.float32))
             struct.top_values, struct.top_ids, struct.log_sum_exp = (array.ctypes.data for array in found)
         check(library().hl_program_run(self._built(), struct))
         return Result(logits=logits, hidden=states, top=found)

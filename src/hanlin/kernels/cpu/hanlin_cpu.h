@@ -257,6 +257,7 @@ typedef struct hl_step {
   int32_t max_blocks;         /* columns of block_table */
   int32_t rows;               /* R: how many tokens are wanted at the end; 0 for none */
   int32_t top;                /* how many of the largest logits are wanted, see hl_top */
+  int32_t states;             /* N: the last so many of the R wanted tokens are wanted in `hidden` alone */
   const int32_t* ids;         /* (T,) */
   const float* cos;           /* (T, rotary/2) */
   const float* sin;           /* (T, rotary/2) */
@@ -266,11 +267,11 @@ typedef struct hl_step {
   const int32_t* block_table; /* (S, max_blocks) */
   const int32_t* prefix_len;  /* (S,) the first prefix_len tokens see each other both ways; NULL or 0: causal */
   const int32_t* row_index;   /* (R,) the wanted tokens, each at most once */
-  float* logits;              /* (R, V) */
-  float* hidden;              /* (R, D) what the head multiplied, or NULL */
-  float* top_values;          /* (R, top), or NULL when top is 0 */
-  int32_t* top_ids;           /* (R, top), or NULL when top is 0 */
-  float* log_sum_exp;         /* (R,) of the logits, or NULL */
+  float* logits;              /* (R - N, V) */
+  float* hidden;              /* (R, D) what the head multiplies; may be NULL when N is 0 */
+  float* top_values;          /* (R - N, top), or NULL when top is 0 */
+  int32_t* top_ids;           /* (R - N, top), or NULL when top is 0 */
+  float* log_sum_exp;         /* (R - N,) of the logits, or NULL */
 } hl_step;
 
 /* out (T, heads * head_size) = softmax(scale * q k^T) v over the pool, whose slots hold the step's own keys and values

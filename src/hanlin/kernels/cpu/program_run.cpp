@@ -156,17 +156,19 @@ class Run {
   void head(const Team& team, const Stage& stage, int64_t rows) const {
     const hl_weight& weight = *stage.weight;
     const Range tiles = team.split(tiles_of(weight));
-    linear_.product(weight, stage.from.rows, stage.from.stride, rows, tiles.begin, tiles.end,
-                    {step_.logits, weight.out, stage.op.bias, 0});
+    const int64_t scored = rows - step_.states;
+    if (scored > 0)
+      linear_.product(weight, stage.from.rows, stage.from.stride, scored, tiles.begin, tiles.end,
+                      {step_.logits, weight.out, stage.op.bias, 0});
     if (step_.hidden != nullptr) {
       const Range mine = team.split(rows);
       std::copy(stage.in + mine.begin * stage.in_width, stage.in + mine.end * stage.in_width,
                 step_.hidden + mine.begin * stage.in_width);
     }
-    if (step_.top == 0 && step_.log_sum_exp == nullptr) return;
+    if (scored == 0 || (step_.top == 0 && step_.log_sum_exp == nullptr)) return;
     team.barrier();
     top_rows(team, ops_,
-             {step_.logits, weight.out, rows, weight.out, step_.top, step_.top_values, step_.top_ids, step_.log_sum_exp,
+             {step_.logits, weight.out, scored, weight.out, step_.top, step_.top_values, step_.top_ids, step_.log_sum_exp,
               p_.top.reserve(0)});
   }
 
@@ -197,8 +199,11 @@ int32_t check(const hl_program& p, const hl_step& step) {
     if (const int32_t status = check_attention(step, p.pools[0].blocks, p.pools[0].block_size)) return status;
   }
   if (step.rows == 0) return HL_OK;
-  if (step.row_index == nullptr || step.logits == nullptr)
-    return fail(HL_ERR_ARGUMENT, "step: row_index or logits is missing");
+  if (step.states < 0 || step.states > step.rows)
+    return fail(HL_ERR_ARGUMENT, "step: %d of %d wanted tokens want no logits", step.states, step.rows);
+  if (step.row_index == nullptr || (step.logits == nullptr && step.states < step.rows) ||
+      (step.hidden == nullptr && step.states > 0))
+    return fail(HL_ERR_ARGUMENT, "step: row_index, logits or hidden is missing");
   for (int32_t r = 0; r < step.rows; r++)
     if (step.row_index[r] < 0 || step.row_index[r] >= step.tokens)
       return fail(HL_ERR_ARGUMENT, "step: row %d is token %d of %d", r, step.row_index[r], step.tokens);
