@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any
 
+from hanlin.engine.sequence import Sequence
 from hanlin.llm import LLM, load, or_raise
 from hanlin.replies import Deliver
 from hanlin.requests import Job
 from hanlin.types import Completion, Delta, SamplingParams, Score
 
-__all__ = ["AsyncLLM"]
+__all__ = ["AsyncLLM", "Running"]
+
+Numbered = tuple[int, Delta]
 
 
 class AsyncLLM:
@@ -24,6 +28,7 @@ class AsyncLLM:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        self._post: _Post | None = None
 
     @classmethod
     async def load(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> AsyncLLM:
@@ -46,14 +51,14 @@ class AsyncLLM:
         self, prompts: Any, sampling: SamplingParams | None = None, **overrides: Any
     ) -> list[Completion]:
         """See `LLM.generate`."""
-        return await self._complete(self.llm.requests.prompt_jobs(prompts, sampling, overrides))
+        return await self.start(self.llm.requests.prompt_jobs(prompts, sampling, overrides), stream=False).completions()
 
     async def chat(
         self, messages: Any, sampling: SamplingParams | None = None, tools: Any = None, **overrides: Any
     ) -> Any:
         """See `LLM.chat`."""
         many, jobs = self.llm.requests.chat_jobs(messages, sampling, tools, overrides)
-        out = await self._complete(jobs)
+        out = await self.start(jobs, stream=False).completions()
         return out if many else out[0]
 
     async def stream(
@@ -65,42 +70,127 @@ class AsyncLLM:
         prompt: Any = None,
         **overrides: Any,
     ) -> AsyncIterator[Delta]:
-        """See `LLM.stream`."""
-        job = self.llm.requests.stream_job(messages, sampling, tools, prompt, overrides)
-        async for _, delta in self._deltas([job], stream=True):
-            yield delta
+        """See `LLM.stream`. What came while the caller was busy comes as one delta."""
+        running = self.start([self.llm.requests.stream_job(messages, sampling, tools, prompt, overrides)], stream=True)
+        try:
+            async for deltas in running:
+                for _, delta in deltas:
+                    yield delta
+        finally:
+            running.close()
 
     async def score(self, prompts: Any) -> list[Score]:
         """See `LLM.score`."""
         return await asyncio.to_thread(self.llm.score, prompts)
 
-    async def _complete(self, jobs: list[Job]) -> list[Completion]:
-        done = {(n, d.index): d.done async for n, d in self._deltas(jobs, stream=False) if d.done is not None}
-        return [done[key] for key in sorted(done)]
+    def start(self, jobs: Iterable[Job], *, stream: bool) -> Running:
+        """Hand jobs to the engine; to be called in the event loop that will read the answers.
 
-    async def _deltas(self, jobs: list[Job], *, stream: bool) -> AsyncIterator[tuple[int, Delta]]:
+        Raises:
+            RequestError, EngineError: as `EngineThread.submit`; nothing was started then.
+        """
         loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        if self._post is None or self._post.loop is not loop:
+            self._post = _Post(loop)
+        running = Running(self.llm, self._post)
+        running.submit(list(jobs), stream=stream)
+        return running
+
+
+class Running:
+    """Jobs in the engine: an async iterator over lists of (job's number, delta), all that came since the last."""
+
+    def __init__(self, llm: LLM, post: _Post) -> None:
+        self._llm, self._post = llm, post
+        self._sequences: list[Sequence] = []
+        self._left = 0
+        self._came: list[tuple[int, Delta | BaseException]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def submit(self, jobs: list[Job], *, stream: bool) -> None:
+        """Hand the jobs over."""
 
         def deliver(number: int) -> Deliver:
-            return lambda delta: _post(loop, inbox, (number, delta))
+            return lambda delta: self._post.put(self, number, delta)
 
-        make = self.llm.requests.sequences
-        sequences = [s for n, job in enumerate(jobs) for s in make(job, stream=stream, deliver=deliver(n))]
-        self.llm.thread.submit(sequences)
-        left = len(sequences)
+        make = self._llm.requests.sequences
+        self._sequences = [s for n, job in enumerate(jobs) for s in make(job, stream=stream, deliver=deliver(n))]
+        self._llm.thread.submit(self._sequences)
+        self._left = len(self._sequences)
+
+    def __aiter__(self) -> Running:
+        return self
+
+    async def __anext__(self) -> list[Numbered]:
+        if not self._left:
+            raise StopAsyncIteration
         try:
-            while left:
-                number, result = await inbox.get()
-                delta: Delta = or_raise(result)
-                left -= delta.done is not None
-                yield number, delta
-        finally:
-            if left:
-                self.llm.thread.abort(sequences)
+            while not self._came:
+                self._waiter = self._post.loop.create_future()
+                await self._waiter
+            came, self._came = self._came, []
+            deltas = _joined([(number, or_raise(result)) for number, result in came])
+        except BaseException:
+            self.close()
+            raise
+        self._left -= sum(delta.done is not None for _, delta in deltas)
+        return deltas
+
+    async def completions(self) -> list[Completion]:
+        """All, in the order of the jobs and of their n replies."""
+        done = {(n, d.index): d.done async for deltas in self for n, d in deltas if d.done is not None}
+        return [done[key] for key in sorted(done)]
+
+    def close(self) -> None:
+        """End what still runs, within one step. May be called twice."""
+        if self._left:
+            self._left = 0
+            self._llm.thread.abort(self._sequences)
+
+    def put(self, number: int, result: Delta | BaseException) -> None:
+        """In the event loop: something came."""
+        self._came.append((number, result))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
-def _post(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Any], item: Any) -> None:
-    """Hand over from the engine's thread; a loop that has closed meanwhile wants nothing any more."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(inbox.put_nowait, item)
+class _Post:
+    """Carries results from the engine's thread to an event loop, waking it once for all that a step gives."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._bag: deque[tuple[Running, int, Delta | BaseException]] = deque()
+        self._called = False
+
+    def put(self, receiver: Running, number: int, result: Delta | BaseException) -> None:
+        self._bag.append((receiver, number, result))
+        if not self._called and not self.loop.is_closed():  # a loop that has closed wants nothing any more
+            self._called = True
+            self.loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._called = False  # before looking: what comes from now on calls again
+        while self._bag:
+            receiver, number, result = self._bag.popleft()
+            receiver.put(number, result)
+
+
+def _joined(deltas: list[Numbered]) -> list[Numbered]:
+    """At most one delta for each reply, in the order in which they began."""
+    if len(deltas) == 1:
+        return deltas
+    groups: dict[tuple[int, int], list[Delta]] = {}
+    for number, delta in deltas:
+        groups.setdefault((number, delta.index), []).append(delta)
+    return [(number, group[0] if len(group) == 1 else _join(group)) for (number, _), group in groups.items()]
+
+
+def _join(group: list[Delta]) -> Delta:
+    return Delta(
+        text="".join(d.text for d in group),
+        ids=tuple(i for d in group for i in d.ids),
+        tool_calls=tuple(c for d in group for c in d.tool_calls),
+        logprobs=tuple(p for d in group for p in d.logprobs),
+        index=group[0].index,
+        done=group[-1].done,
+    )

@@ -20,10 +20,11 @@ __all__ = ["Job", "RequestBuilder", "conversations_of", "prompts_of", "tools_of"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One prompt, tokenised and checked."""
+    """One prompt, tokenised and checked. Cached prefixes are shared only between jobs of equal `salt`."""
 
     ids: tuple[int, ...]
     sampling: SamplingParams
+    salt: bytes = b""
     chat: bool = False
     tools: tuple[Tool, ...] = ()
 
@@ -135,6 +136,7 @@ class RequestBuilder:
                 bad_ids=tuple(ids for ids in bad if ids),
                 seed=(seed & (2**64 - 1)) + (index << 64),
                 rope_length=self.rope.dynamic_length(len(job.ids)),
+                salt=job.salt,
                 follows=out[0] if out else None,
             )
             out.append(sequence)

@@ -1,0 +1,185 @@
+"""One request's way through the server: model, jobs, admission, engine, and back, until done or gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from hanlin.aio import Running
+from hanlin.llm import LLM
+from hanlin.requests import Job
+from hanlin.serve.admission import Ticket
+from hanlin.serve.errors import ApiError
+from hanlin.serve.keys import Key
+from hanlin.serve.models import Lease
+from hanlin.serve.observe import Observer, Outcome
+from hanlin.serve.settings import Limits
+from hanlin.types import Completion, Delta
+
+__all__ = ["Call", "Disconnected", "disconnected"]
+
+T = TypeVar("T")
+
+# Requests whose bodies are longer are tokenised in a thread, so that others' answers go on meanwhile.
+_SHORT = 16 << 10
+
+
+class Disconnected(Exception):
+    """The client has gone; nobody hears the answer."""
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has gone. To be used after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass(eq=False, kw_only=True)
+class Call:
+    """Made by `Service.open`; an async context manager. Leaving it ends whatever still runs.
+
+    Attributes:
+        id: of the request, for logs and answers.
+        lease: keeps the model loaded.
+    """
+
+    id: str
+    request: Request
+    key: Key
+    lease: Lease
+    limits: Limits
+    observer: Observer
+    began: float = field(default_factory=time.perf_counter)
+    _ticket: Ticket | None = None
+    _running: Running | None = None
+    _outcome: Outcome | None = None
+
+    async def __aenter__(self) -> Call:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def llm(self) -> LLM:
+        return self.lease.llm
+
+    @property
+    def model(self) -> str:
+        """The name that the client used."""
+        return self.lease.name
+
+    async def prepare(self, make: Callable[[LLM], Iterable[Job]]) -> list[Job]:
+        """Jobs made by `make`, which renders and tokenises; checked against the limits, with this key's salt.
+
+        Raises:
+            RequestError, ApiError: what is wrong with the request; nothing was started then.
+        """
+        long = int(self.request.headers.get("content-length") or _SHORT + 1) > _SHORT
+        jobs = list(await asyncio.to_thread(make, self.llm) if long else make(self.llm))
+        return [self._checked(job, len(jobs)) for job in jobs]
+
+    async def start(self, jobs: list[Job], *, stream: bool) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """Wait for a place and hand the jobs over; returns the iterator over (job's number, delta).
+
+        Raises:
+            ApiError: 429 when too many wait. Disconnected. RequestError, EngineError.
+        """
+        sequences = sum(job.sampling.n for job in jobs)
+        tokens = sum(len(job.ids) + job.sampling.n * (job.sampling.max_tokens or 0) for job in jobs)
+        entering = self.lease.admission.enter(self.key, sequences=sequences, tokens=tokens)
+        self._ticket = await self.while_connected(entering)
+        self._outcome = self.observer.began(self, jobs)
+        self._running = self.lease.engine.start(jobs, stream=stream)
+        return self._watched(self._running)
+
+    async def complete(self, jobs: list[Job]) -> list[Completion]:
+        """Run jobs to their ends; all completions, in the order of the jobs and of their n replies.
+
+        Raises:
+            as `start`, and ApiError 408 when it takes too long.
+        """
+        deltas = await self.start(jobs, stream=False)
+
+        async def collect() -> list[Completion]:
+            done = {(n, d.index): d.done async for batch in deltas for n, d in batch if d.done is not None}
+            return [done[key] for key in sorted(done)]
+
+        return await self.while_connected(collect())
+
+    async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, unless the client goes or time is up first; then it is cancelled.
+
+        Raises:
+            Disconnected. ApiError: 408.
+        """
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(disconnected(self.request))
+        try:
+            await asyncio.wait({task, gone}, timeout=self.seconds_left, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if gone.done():
+                raise Disconnected
+            raise self.late()
+        finally:
+            for each in (task, gone):
+                each.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the request has taken too long; None without limit."""
+        limit = self.limits.request_seconds
+        return max(0.0, self.began + limit - time.perf_counter()) if limit else None
+
+    def late(self) -> ApiError:
+        return ApiError(408, f"the request took longer than {self.limits.request_seconds:g} s", code="timeout")
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End what still runs, and give place and model back. May be called twice."""
+        if self._running is not None:
+            self._running.close()
+        if self._outcome is not None:
+            self.observer.ended(self, self._outcome, error)
+            self._outcome = None
+        if self._ticket is not None:
+            self.lease.admission.leave(self._ticket)
+            self._ticket = None
+        self.lease.release()
+
+    async def _watched(self, running: Running) -> AsyncIterator[list[tuple[int, Delta]]]:
+        outcome = self._outcome
+        assert outcome is not None
+        async for deltas in running:
+            outcome.note(deltas)
+            yield deltas
+
+    def _checked(self, job: Job, count: int) -> Job:
+        sampling, limits, room = job.sampling, self.limits, self.llm.context_length - len(job.ids)
+        if count * sampling.n > limits.completions:
+            raise ApiError(
+                400, f"{count} prompts times n = {sampling.n} exceed {limits.completions} completions", param="n"
+            )
+        if limits.prompt_tokens is not None and len(job.ids) > limits.prompt_tokens:
+            raise ApiError(
+                400,
+                f"the prompt has {len(job.ids)} tokens, this server takes {limits.prompt_tokens}",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        if (sampling.logprobs or 0) > limits.top_logprobs:
+            raise ApiError(400, f"top_logprobs must be at most {limits.top_logprobs}", param="top_logprobs")
+        if len(sampling.stop) > limits.stops or any(len(stop) > limits.stop_chars for stop in sampling.stop):
+            raise ApiError(400, f"stop takes {limits.stops} texts of {limits.stop_chars} characters", param="stop")
+        most = min(x for x in (sampling.max_tokens, limits.max_tokens, max(1, room)) if x is not None)
+        return replace(
+            job,
+            sampling=replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most)),
+            salt=self.key.salt,
+        )
