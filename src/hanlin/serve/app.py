@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from hanlin import __version__
 from hanlin.errors import HanlinError, problems
-from hanlin.serve.call import Disconnected
+from hanlin.serve.call import DisconnectedError
 from hanlin.serve.errors import ApiError, describe, openai_body
 from hanlin.serve.guard import Guard
 from hanlin.serve.routes import health
@@ -51,14 +51,14 @@ def create_app(config: ServeConfig) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.add_middleware(Guard, config=config, rates=service.rates)
-    for kind in (ApiError, HanlinError, RequestValidationError, HTTPException, Disconnected, Exception):
+    for kind in (ApiError, HanlinError, RequestValidationError, HTTPException, DisconnectedError, Exception):
         app.add_exception_handler(kind, _answer)
     return app
 
 
 async def _answer(request: Request, error: Exception) -> Response:
     """Any error as JSON."""
-    if isinstance(error, Disconnected):
+    if isinstance(error, DisconnectedError):
         return Response(status_code=499)  # nobody reads it
     answer = _described(error)
     if answer.status >= 500:

@@ -21,7 +21,7 @@ from hanlin.serve.observe import Observer, Outcome
 from hanlin.serve.settings import Limits
 from hanlin.types import Completion, Delta
 
-__all__ = ["Call", "Disconnected", "disconnected"]
+__all__ = ["Call", "DisconnectedError", "disconnected"]
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 _SHORT = 16 << 10
 
 
-class Disconnected(Exception):
+class DisconnectedError(Exception):
     """The client has gone; nobody hears the answer."""
 
 
@@ -88,7 +88,7 @@ class Call:
         """Wait for a place and hand the jobs over; returns the iterator over (job's number, delta).
 
         Raises:
-            ApiError: 429 when too many wait. Disconnected. RequestError, EngineError.
+            ApiError: 429 when too many wait. DisconnectedError. RequestError, EngineError.
         """
         sequences = sum(job.sampling.n for job in jobs)
         tokens = sum(len(job.ids) + job.sampling.n * (job.sampling.max_tokens or 0) for job in jobs)
@@ -116,7 +116,7 @@ class Call:
         """The result of `work`, unless the client goes or time is up first; then it is cancelled.
 
         Raises:
-            Disconnected. ApiError: 408.
+            DisconnectedError. ApiError: 408.
         """
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(disconnected(self.request))
@@ -125,7 +125,7 @@ class Call:
             if task.done():
                 return task.result()
             if gone.done():
-                raise Disconnected
+                raise DisconnectedError
             raise self.late()
         finally:
             for each in (task, gone):

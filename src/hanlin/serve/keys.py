@@ -56,8 +56,8 @@ class KeyRing:
     ) -> KeyRing:
         """Keys given by hand, in a file, and in HANLIN_API_KEY / HANLIN_API_KEYS.
 
-        A key is `secret` or `name:secret`; several in the environment stand between commas or spaces. A line of the file is
-        `[name:]secret [requests per minute [tokens per minute]]`, `-` for no limit; `#` starts a comment.
+        A key is `secret` or `name:secret`; several in the environment stand between commas or spaces. A line of the
+        file is `[name:]secret [requests per minute [tokens per minute]]`, `-` for no limit; `#` starts a comment.
 
         Raises:
             ConfigError: naming every line that cannot be read, without its secret.

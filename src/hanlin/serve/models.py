@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hanlin.aio import AsyncLLM
 from hanlin.errors import CapacityError, HanlinError
@@ -235,8 +233,8 @@ class Models:
         while sum(other.bytes for other in self.list) + need + least > budget:
             if not await self._unload_one():
                 raise CapacityError(
-                    f"{served.name} needs {(need + least) / 2**30:.1f} GiB, the memory budget is {budget / 2**30:.1f} GiB, "
-                    f"and {sum(o.bytes for o in self.list) / 2**30:.1f} GiB of it are in use"
+                    f"{served.name} needs {(need + least) / 2**30:.1f} GiB; of the memory budget of "
+                    f"{budget / 2**30:.1f} GiB, {sum(o.bytes for o in self.list) / 2**30:.1f} GiB are in use"
                 )
         return min(max(least, budget // 4), budget - need - sum(other.bytes for other in self.list))
 
@@ -254,17 +252,14 @@ def _own_name(spec: ModelSpec) -> str:
         from hanlin.hub.names import DEFAULT
 
         return DEFAULT
-    return os.path.basename(os.path.normpath(spec.source)) if os.path.exists(spec.source) else spec.source  # noqa: PTH
+    path = Path(spec.source)
+    return path.resolve().name if path.exists() else spec.source
 
 
 def _weight_bytes(spec: ModelSpec) -> int:
     """Bytes of the model's files: what its weights take at most, unless they are to be widened."""
     from hanlin.hub import resolve
 
-    path: Any = resolve(spec.source).path
-    files = (
-        [path]
-        if Path(path).is_file()
-        else [p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")]
-    )
+    path = resolve(spec.source).path
+    files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
     return sum(file.stat().st_size for file in files)

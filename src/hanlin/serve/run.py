@@ -34,7 +34,8 @@ class _Protocol(H11Protocol):
         self.loop.call_later(self.header_seconds, self._check)
 
     def _check(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        cycle: object = self.cycle
+        if cycle is None and not self.transport.is_closing():
             self.transport.close()
 
 
