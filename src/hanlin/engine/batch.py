@@ -26,6 +26,7 @@ class Batch:
         block_table: (S, most blocks) int32, padded with 0.
         prefix_lens: (S,) int32, keys that see each other both ways.
         rows: (R,) int32, the packed rows whose logits are wanted.
+        states: (N,) int32, those whose hidden states are wanted instead.
     """
 
     ids: NDArray[np.int32]
@@ -37,15 +38,18 @@ class Batch:
     block_table: NDArray[np.int32]
     prefix_lens: NDArray[np.int32]
     rows: NDArray[np.int32]
+    states: NDArray[np.int32]
     block_size: int
 
     @classmethod
     def build(cls, scheduled: Scheduled, block_size: int) -> Batch:
-        """Lay out what the scheduler chose. Logits are wanted of scored rows and of rows that end the known text."""
+        """Lay out what the scheduler chose. Of each sequence all rows are wanted, or those that end the known text."""
         counts = [n for _, n in scheduled]
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         ids: list[int] = []
-        slots, positions, rows, lengths = [], [], [], []
+        slots, positions, lengths = [], [], []
+        rows: list[NDArray[np.int64]] = []
+        states: list[NDArray[np.int64]] = []
         table = np.zeros((len(scheduled), max(len(s.blocks) for s, _ in scheduled)), np.int32)
         for index, (sequence, count) in enumerate(scheduled):
             first, last = sequence.computed, sequence.computed + count
@@ -55,10 +59,11 @@ class Batch:
             slots.append(table[index, place // block_size].astype(np.int64) * block_size + place % block_size)
             positions.append(sequence.positions(first, last))
             lengths.append(np.full(count, sequence.rope_length, np.int64))
-            if sequence.score_prompt:
-                rows.append(np.arange(starts[index], starts[index + 1]))
+            wanted = states if sequence.pool in ("last", "mean") else rows
+            if sequence.needs_all:
+                wanted.append(np.arange(starts[index], starts[index + 1]))
             elif last >= len(sequence):  # the last known token, and every guess behind it
-                rows.append(np.arange(starts[index + 1] - 1 - (last - len(sequence)), starts[index + 1]))
+                wanted.append(np.arange(starts[index + 1] - 1 - (last - len(sequence)), starts[index + 1]))
         rope = np.concatenate(lengths)
         return cls(
             ids=np.asarray(ids, np.int32),
@@ -69,6 +74,11 @@ class Batch:
             context=np.asarray([s.computed + n for s, n in scheduled], np.int32),
             block_table=table,
             prefix_lens=np.asarray([s.prefix_len for s, _ in scheduled], np.int32),
-            rows=np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32),
+            rows=_joined(rows),
+            states=_joined(states),
             block_size=block_size,
         )
+
+
+def _joined(rows: list[NDArray[np.int64]]) -> NDArray[np.int32]:
+    return np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32)

@@ -43,7 +43,7 @@ class BlockManager:
 
     def find(self, sequence: Sequence) -> list[int]:
         """Computed blocks that hold the start of the sequence, at least one token of which is left to compute."""
-        if not self.caching or sequence.prefix_len or sequence.score_prompt:
+        if not self.caching or sequence.prefix_len or sequence.needs_all:
             return []
         found = []
         for index in range((len(sequence) - 1) // self.size):

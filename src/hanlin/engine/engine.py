@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hanlin.engine.batch import Batch
 from hanlin.engine.blocks import BlockManager
-from hanlin.engine.runner import Runner
+from hanlin.engine.runner import Output, Runner
 from hanlin.engine.sampler import choose, logprob_of
 from hanlin.engine.scheduler import Scheduled, Scheduler
 from hanlin.engine.sequence import Sampled, Sequence
@@ -95,7 +95,7 @@ class Engine:
         """Raises:
         ContextLengthError: when the prompt leaves no room for a reply.
         """
-        room = self.capacity - (0 if sequence.score_prompt else 1)
+        room = self.capacity - int(sequence.generates)
         if not sequence.prompt:
             raise ContextLengthError("the prompt is empty: give at least one token")
         if len(sequence.prompt) > room:
@@ -118,7 +118,7 @@ class Engine:
     def step(self) -> None:
         """Schedule, run, sample once, and tell the sinks."""
         if self.drafter:
-            decoding = [s for s in self.scheduler.running if s.remaining == 1]
+            decoding = [s for s in self.scheduler.running if s.remaining == 1 and s.generates]
             for sequence in decoding:
                 sequence.draft = []
             self.drafter.propose(decoding)
@@ -129,10 +129,10 @@ class Engine:
         for sequence, _ in scheduled:
             sequence.started = sequence.started or now
         batch = Batch.build(scheduled, self.limits.block_size)
-        logits = self.runner.run(batch)
+        output = self.runner.run(batch)
         self._pace.note(len(batch.ids), time.perf_counter() - now)
         self.steps += 1
-        self._advance(scheduled, logits)
+        self._advance(scheduled, output)
 
     def fail(self, error: BaseException) -> None:
         """Tell everybody that the engine is gone."""
@@ -143,17 +143,26 @@ class Engine:
         """Assert that no block is lost or held twice."""
         self.blocks.check_integrity([*self.scheduler.running, *self.scheduler.waiting])
 
-    def _advance(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> None:
+    def _advance(self, scheduled: Scheduled, output: Output) -> None:
+        logits, hidden = output
         best = logits.argmax(-1) if len(logits) else np.zeros(0, np.int64)
-        row = 0
+        row = state = 0
         for sequence, count in scheduled:
             if sequence.score_prompt:
-                sequence.computed += count
                 self._score(sequence, logits[row : row + count])
                 row += count
+            elif sequence.pool == "mean":
+                self._add_up(sequence, hidden[state : state + count])
+                state += count
             elif sequence.computed + count < len(sequence):
                 sequence.computed += count
                 self.blocks.register(sequence)
+            elif sequence.pool == "last":
+                self._pool(sequence, hidden[state])
+                state += 1
+            elif sequence.pool == "value":
+                self._pool(sequence, logits[row])
+                row += 1
             else:
                 rows = 1 + len(sequence.draft)
                 self._draw(sequence, logits[row : row + rows], best[row : row + rows])
@@ -195,11 +204,29 @@ class Engine:
             self._finish(sequence, "length")
 
     def _score(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
-        first = len(sequence.prompt_logprobs) + 1
-        for row, token in zip(logits, sequence.prompt[first:], strict=False):
+        start, sequence.computed = sequence.computed, sequence.computed + len(logits)
+        del sequence.prompt_logprobs[start:]  # a preempted sequence begins anew
+        for row, token in zip(logits, sequence.prompt[start + 1 :], strict=False):
             sequence.prompt_logprobs.append(logprob_of(row, token, 0)[0])
         if not sequence.remaining:
             self._finish(sequence, "length")
+
+    def _add_up(self, sequence: Sequence, states: NDArray[np.float32]) -> None:
+        """The mean, added up token by token: the same however the prompt was cut."""
+        if sequence.pooled is None or not sequence.computed:
+            sequence.pooled = np.zeros(states.shape[1])
+        for state in states:
+            sequence.pooled += state
+        sequence.computed += len(states)
+        if not sequence.remaining:
+            sequence.pooled /= len(sequence)
+            self._finish(sequence, "length")
+
+    def _pool(self, sequence: Sequence, row: NDArray[np.float32]) -> None:
+        sequence.computed = len(sequence)
+        self.blocks.register(sequence)
+        sequence.pooled = row.astype(np.float64)
+        self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.remove(sequence)

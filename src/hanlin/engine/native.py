@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hanlin.engine.batch import Batch
 from hanlin.engine.lowering import Lowering, Slot
+from hanlin.engine.runner import Output
 from hanlin.kernels.kv import KVKind, KVPool, Layout, block_bytes
 from hanlin.kernels.native import Context, PackedWeight
 from hanlin.kernels.program import Buffer, Program, Step
@@ -36,6 +35,9 @@ def native_block_bytes(config: DecoderConfig, kv_cache: str, block_size: int) ->
         ConfigError: a block size or head size that the library cannot have.
     """
     return config.num_layers * block_bytes(KV_KINDS[kv_cache], block_size, config.num_kv_heads, config.head_dim)
+
+
+_NO_STATES = np.zeros((0, 0), np.float32)
 
 
 class NativeRunner:
@@ -71,17 +73,25 @@ class NativeRunner:
         self.program = _program(lowering, config, context, self._pool, rope)
         self.program.build(max_tokens)
 
-    def run(self, batch: Batch) -> NDArray[np.float32]:
+    def run(self, batch: Batch) -> Output:
         lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths)
         rotation = self._rope(Positions(torch.from_numpy(batch.positions), lengths))
         prefix = batch.prefix_lens if batch.prefix_lens.any() else None
         layout = Layout(
             query_start=batch.query_start, context=batch.context, block_table=batch.block_table, prefix_len=prefix
         )
+        scored, states = len(batch.rows), len(batch.states)
         step = Step(
-            ids=batch.ids, slots=batch.slots, layout=layout, rows=batch.rows, cos=rotation.cos, sin=rotation.sin
+            ids=batch.ids,
+            slots=batch.slots,
+            layout=layout,
+            rows=np.concatenate((batch.rows, batch.states)) if states else batch.rows,
+            states=states,
+            cos=rotation.cos,
+            sin=rotation.sin,
         )
-        return cast("NDArray[np.float32]", self.program.run(step).logits)
+        result = self.program.run(step)
+        return Output(result.logits, result.hidden[scored:] if states else _NO_STATES)
 
     def close(self) -> None:
         self._context.close()

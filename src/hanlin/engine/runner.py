@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,14 @@ from hanlin.layers.rope import Positions
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import Decoder
 
-__all__ = ["Runner", "TorchRunner", "kv_bytes"]
+__all__ = ["Output", "Runner", "TorchRunner", "kv_bytes"]
+
+
+class Output(NamedTuple):
+    """Logits (R, V) of the rows, and hidden states (N, D) after the final norm, that a batch wants; float32."""
+
+    logits: NDArray[np.float32]
+    hidden: NDArray[np.float32]
 
 
 class Runner(Protocol):
@@ -30,8 +37,8 @@ class Runner(Protocol):
     weight_bytes: int
     block_bytes: int  # of one block in all layers
 
-    def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Logits (R, V) of the rows that the batch wants."""
+    def run(self, batch: Batch) -> Output:
+        """Compute the batch's tokens."""
 
     def close(self) -> None:
         """Give the pool back."""
@@ -68,16 +75,17 @@ class TorchRunner:
         )
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> NDArray[np.float32]:
+    def run(self, batch: Batch) -> Output:
         ids, rows, slots, places = (
             torch.from_numpy(x).to(self.device) for x in (batch.ids, batch.rows, batch.slots, batch.positions)
         )
         lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths).to(self.device)
         attend = PagedAttend(self._pool, batch, slots, self.invariant)
         hidden = self._model(ids, Positions(places, lengths), attend)
+        states = hidden[torch.from_numpy(batch.states).to(self.device).long()].float().cpu().numpy()
         if not len(rows):
-            return np.zeros((0, self.vocab_size), np.float32)
-        return cast("NDArray[np.float32]", self._model.head(hidden[rows.long()]).cpu().numpy())
+            return Output(np.zeros((0, self.vocab_size), np.float32), states)
+        return Output(self._model.head(hidden[rows.long()]).cpu().numpy(), states)
 
     def close(self) -> None:
         del self._pool

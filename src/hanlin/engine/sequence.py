@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,8 @@ class Sequence:
         rope_length: what fixes dynamic RoPE, see `RopeConfig.dynamic_length`.
         salt: sequences share cached blocks only with equal salts.
         score_prompt: report the log-probability of every prompt token.
+        pool: generate nothing, but report in `pooled`, as float64: the last token's hidden state (D,), the mean of all
+            tokens' (D,), or the value that the head of a reward model gives the last (1,).
         follows: start only after this one has computed its prompt, to find it in the cache.
         blocks: the pool's blocks that hold its keys and values.
         computed: tokens whose keys and values are in the pool.
@@ -81,11 +83,13 @@ class Sequence:
     rope_length: int = 0
     salt: bytes = b""
     score_prompt: bool = False
+    pool: Literal["last", "mean", "value"] | None = None
     follows: Sequence | None = None
 
     status: Status = Status.WAITING
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    pooled: NDArray[np.float64] | None = None
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     computed: int = 0
@@ -111,9 +115,14 @@ class Sequence:
         return len(self) - self.computed
 
     @property
-    def samples_next(self) -> bool:
-        """Whether it still generates, rather than being scored only."""
-        return not self.score_prompt
+    def generates(self) -> bool:
+        """Whether it goes on with the prompt, rather than looking at it only."""
+        return not self.score_prompt and self.pool is None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every prompt token's own result is wanted, so that none can come from the cache."""
+        return self.score_prompt or self.pool == "mean"
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens start..stop of the known ones and, behind them, of the draft."""

@@ -149,7 +149,7 @@ class ModelDrafter:
         for _ in range(length):
             while True:
                 count = min(shadow.remaining, self._most)
-                logits = self._runner.run(Batch.build([(shadow, count)], self._size))
+                logits = self._runner.run(Batch.build([(shadow, count)], self._size)).logits
                 shadow.computed += count
                 if not shadow.remaining:
                     break
