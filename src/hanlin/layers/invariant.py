@@ -21,7 +21,7 @@ from hanlin.layers.norm import RMSNorm
 from hanlin.layers.rope import Rope
 from hanlin.layers.tables import TabledRope
 
-__all__ = ["RowPaths", "make_invariant", "sum_by_halving"]
+__all__ = ["RowPaths", "make_invariant", "product", "sum_by_halving"]
 
 _COUNTS = (128, 32, 8, 4, 1)
 _ALIGNMENT = 64  # bytes; some libraries take another path for arrays that start elsewhere
@@ -72,28 +72,33 @@ class RowPaths:
         return tuple(best)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, paths: RowPaths) -> Tensor:
+    """x (rows, in) times weight (out, in), plus bias, over row counts that share one path."""
+    counts = paths.counts(weight, bias)
+    rows, start, outs = x.shape[0], 0, []
+    while start < rows:
+        left = rows - start
+        # the largest count that fits, else the smallest one that covers what is left, padded
+        count = next((c for c in counts if c <= left), None)
+        if count is None or (left > count and left <= counts[-1]):
+            count = min((c for c in counts if c >= left), default=counts[-1])
+        piece = x[start : start + count]
+        if piece.data_ptr() % _ALIGNMENT or not piece.is_contiguous():
+            piece = piece.clone(memory_format=torch.contiguous_format)
+        if len(piece) < count:
+            piece = F.pad(piece, (0, 0, 0, count - len(piece)))
+        outs.append(F.linear(piece, weight, bias)[: min(count, left)])
+        start += count
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
 class InvariantLinear(Linear):
     """`Linear` over row counts that share one path."""
 
     paths: RowPaths
 
     def forward(self, x: Tensor) -> Tensor:
-        counts = self.paths.counts(self.weight, self.bias)
-        rows, start, outs = x.shape[0], 0, []
-        while start < rows:
-            left = rows - start
-            # the largest count that fits, else the smallest one that covers what is left, padded
-            count = next((c for c in counts if c <= left), None)
-            if count is None or (left > count and left <= counts[-1]):
-                count = min((c for c in counts if c >= left), default=counts[-1])
-            piece = x[start : start + count]
-            if piece.data_ptr() % _ALIGNMENT or not piece.is_contiguous():
-                piece = piece.clone(memory_format=torch.contiguous_format)
-            if len(piece) < count:
-                piece = F.pad(piece, (0, 0, 0, count - len(piece)))
-            outs.append(F.linear(piece, self.weight, self.bias)[: min(count, left)])
-            start += count
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return product(x, self.weight, self.bias, self.paths)
 
 
 class InvariantRMSNorm(RMSNorm):
