@@ -265,6 +265,8 @@ class Lowering:
         else:
             kinds = KINDS[self._weights]
         slot.kind, slot.group = (kinds.head, kinds.head_group) if slot.head else (kinds.kind, kinds.group)
+        if slot.head and slot.out < 16:  # the one value of a reward model: nothing to save, and all of the answer
+            slot.kind, slot.group = Kind.F32, 0
 
 
 def _rows_in_turn(sizes: Mapping[str, int]) -> dict[str, NDArray[np.int32]]:

@@ -39,6 +39,7 @@ class DecoderConfig:
         qkv_bias, out_bias, mlp_bias: which projections have a bias.
         tied: the head shares the embedding's weight.
         stop_ids: the model's own end-of-text ids.
+        reward_id: ends a conversation that a reward model is to judge; None for language models.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class DecoderConfig:
     tied: bool = False
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
+    reward_id: int | None = None
 
     def __post_init__(self) -> None:
         found = []
@@ -71,6 +73,8 @@ class DecoderConfig:
             found.append(f"rotary dimensions {self.rope.dims} must be even and fit head_dim {self.head_dim}")
         if not 0 < self.norm_eps < 1:
             found.append(f"norm_eps must be in (0, 1), not {self.norm_eps}")
+        if self.reward_id is not None and self.reward_id >= self.vocab_size:
+            found.append(f"reward_token_id {self.reward_id} is not in a vocabulary of {self.vocab_size}")
         if found:
             raise ConfigError(problems(f"{self.model_type} configuration", found))
 

@@ -24,7 +24,10 @@ __all__ = ["InternLM2ForCausalLM", "InternLM2Model", "read_config"]
 
 
 def read_config(values: Mapping[str, Any]) -> DecoderConfig:
-    """Read a released InternLM2 `config.json`. Missing keys mean what the released code means by them."""
+    """Read a released InternLM2 `config.json`. Missing keys mean what the released code means by them.
+
+    Reward models have the same `model_type`; their class, among `architectures`, tells them.
+    """
     read = Reader(values, "internlm2")
     read.fixed("hidden_act", "silu")
     read.fixed("pretraining_tp", 1)
@@ -44,9 +47,13 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
         "bos_id": read.whole("bos_token_id", 1),
         "stop_ids": read.ids("eos_token_id") or (2,),
     }
+    classes = values.get("architectures")
+    reward = isinstance(classes, list) and "InternLM2ForRewardModel" in classes
+    if reward:
+        config["reward_id"] = read.whole("reward_token_id", 92527)
     read.finish()
     return DecoderConfig(
-        model_type="internlm2",
+        model_type="internlm2-reward" if reward else "internlm2",
         hidden_size=hidden,
         num_heads=heads,
         head_dim=head_dim,

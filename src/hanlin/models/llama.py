@@ -68,8 +68,8 @@ def _biases(read: Reader, kind: str) -> tuple[bool, bool, bool]:
         bias = read.flag("bias", True)
         return bias, bias, False
     if kind == "internlm3":
-        bias = read.flag("qkv_bias", False)
-        return bias, bias, read.flag("bias", False)
+        bias = read.flag("bias", False)
+        return read.flag("qkv_bias", False), bias, bias
     bias = read.flag("attention_bias", kind == "qwen2")
     return bias, bias and kind != "qwen2", read.flag("mlp_bias", False)
 

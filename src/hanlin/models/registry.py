@@ -49,6 +49,13 @@ FAMILIES: Mapping[str, Family] = {
         chat="ChatML with tools and interpreter",
         transformers="`hanlin.hf`",
     ),
+    "internlm2-reward": Family(
+        module="hanlin.models.internlm2_reward",
+        cls="InternLM2ForRewardModel",
+        released="InternLM2-Reward: 1.8B, 7B, 20B",
+        chat="none: it judges conversations",
+        transformers="`hanlin.hf`",
+    ),
     "internlm": Family(
         module="hanlin.models.llama",
         cls="LlamaForCausalLM",
