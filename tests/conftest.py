@@ -30,6 +30,19 @@ TINY: dict[str, dict[str, Any]] = {
     "internlm": {"model_type": "internlm", "bias": True},
     "internlm3": {"model_type": "internlm3", "num_key_value_heads": 1, "qkv_bias": True},
 }
+# ChatGLM-6B's keys are its own.
+CHATGLM: dict[str, Any] = {
+    "model_type": "chatglm",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "inner_hidden_size": 64,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "mask_token_id": 90,
+    "gmask_token_id": 91,
+    "bos_token_id": 92,
+    "eos_token_id": 93,
+}
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -53,7 +66,8 @@ def tiny() -> Callable[..., nn.Module]:
     """tiny(kind, dtype, **config) -> a random model of that kind, the same at every call."""
 
     def make(kind: str = "internlm2", dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
-        model = build(read_config({**_SIZES, **TINY[kind], **config}), dtype=dtype)
+        values = CHATGLM if kind == "chatglm" else {**_SIZES, **TINY[kind]}
+        model = build(read_config({**values, **config}), dtype=dtype)
         model = model.to_empty(device="cpu")
         parts = model.parts()
         if parts.tied:  # moving off the meta device has parted them

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hanlin.checkpoints.description import Description, describe_directory, describe_gguf
 from hanlin.checkpoints.names import IGNORED, Recipe, recipes
+from hanlin.checkpoints.prefix import open_prefix
 from hanlin.checkpoints.source import TensorSource, open_source
 from hanlin.errors import CheckpointError, problems
 from hanlin.models.config import DecoderConfig
@@ -77,6 +79,7 @@ def load_model(
     progress: Progress | None = None,
     taker: Callable[[nn.Module], Taker] | None = None,
     admit: Callable[[TensorSource], None] | None = None,
+    prefix: Path | None = None,
 ) -> Loaded:
     """Load a model directory or a `.gguf` file; peak memory is the weights and one tensor.
 
@@ -84,6 +87,7 @@ def load_model(
         progress: called with (bytes done, bytes in all).
         taker: given the model on the meta device, makes whoever takes parameters before the module does.
         admit: shown the files before anything is made of them; refuses them by raising.
+        prefix: a P-Tuning v2 checkpoint whose soft prefix the model gets.
 
     Raises:
         CheckpointError: broken files, and every missing, unexpected or misshapen tensor at once.
@@ -93,10 +97,15 @@ def load_model(
     if not gguf and not path.is_dir():
         raise CheckpointError(f"{path}: neither a model directory nor a .gguf file")
     description = None if gguf else describe_directory(path)  # the cheap and common errors come first
-    with open_source(path) as source:
+    with ExitStack() as stack:
+        source = stack.enter_context(open_source(path))
         if admit:
             admit(source)
         description = description or describe_gguf(source)
+        if prefix is not None:
+            source = over = open_prefix(source, prefix)
+            stack.callback(over.close)
+            description = replace(description, values={**description.values, **over.values()})
         config = read_config(description.values)
         model = build(config, dtype=dtype)
         wanted = recipes(dict(model.named_parameters()), config, gguf=gguf, permuted=description.permuted)

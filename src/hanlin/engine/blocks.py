@@ -17,7 +17,8 @@ class BlockManager:
     """Counts references to the blocks of a pool and finds computed blocks by the hash of all text up to their end.
 
     The hash is keyed with a secret of this manager, so that nobody outside can construct a collision, and chained from
-    a root that holds everything else that changes keys and values: the sequence's salt and its RoPE length. A block
+    a root that holds everything else that changes keys and values: the sequence's salt, its RoPE length, and the whole
+    of a prefix whose tokens see each other both ways. A block
     that nobody uses keeps its content until it is needed again, the longest unused first.
     """
 
@@ -43,7 +44,7 @@ class BlockManager:
 
     def find(self, sequence: Sequence) -> list[int]:
         """Computed blocks that hold the start of the sequence, at least one token of which is left to compute."""
-        if not self.caching or sequence.prefix_len or sequence.needs_all:
+        if not self.caching or sequence.needs_all:
             return []
         found = []
         for index in range((len(sequence) - 1) // self.size):
@@ -78,7 +79,7 @@ class BlockManager:
 
     def register(self, sequence: Sequence) -> None:
         """Let others find the blocks that this sequence has filled by now."""
-        if not self.caching or sequence.prefix_len:
+        if not self.caching:
             return
         for index in range(len(sequence.hashes), sequence.computed // self.size):
             self._chained(sequence, index)
@@ -139,4 +140,6 @@ class BlockManager:
 
     def _root(self, sequence: Sequence) -> bytes:
         head = len(sequence.salt).to_bytes(8, "little") + sequence.salt
-        return hashlib.blake2b(head + sequence.rope_length.to_bytes(8, "little"), digest_size=32).digest()
+        head += sequence.rope_length.to_bytes(8, "little") + sequence.prefix_len.to_bytes(8, "little")
+        prefix = np.asarray(sequence.prompt[: sequence.prefix_len], np.int64).tobytes()
+        return hashlib.blake2b(head + prefix, digest_size=32).digest()

@@ -115,11 +115,12 @@ class Lowering:
         fused = inner % 16 == 0  # the fused activation works on tiles of 16 gates and 16 ups
         qkv = _rows_in_turn(sizes)
         gate_up = _rows_interleaved(inner) if fused else _rows_in_turn({"gate": inner, "up": inner})
+        up = _rows_in_turn({"up": inner})
         self.blocks = [
             Block(
                 self._slot(block.qkv, qkv),
                 self._slot((block.out,)),
-                self._slot(block.gate_up, gate_up, wide=False),
+                self._slot(block.gate_up, up if block.activation == "gelu" else gate_up, wide=False),
                 self._slot((block.down,)),
                 fused,
             )

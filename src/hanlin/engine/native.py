@@ -8,14 +8,16 @@ import numpy as np
 import torch
 
 from hanlin.engine.batch import Batch
-from hanlin.engine.lowering import Lowering, Slot
+from hanlin.engine.lowering import Block, Lowering, Slot
 from hanlin.engine.runner import Output
 from hanlin.kernels.kv import KVKind, KVPool, Layout, block_bytes
 from hanlin.kernels.native import Context, PackedWeight
+from hanlin.kernels.ops import Norm, RopeStyle
 from hanlin.kernels.program import Buffer, Program, Step
-from hanlin.layers.norm import RMSNorm
+from hanlin.layers.norm import LayerNorm
 from hanlin.layers.rope import Positions, RopeConfig
 from hanlin.layers.tables import TabledRope
+from hanlin.models import parts as roles
 from hanlin.models.config import DecoderConfig
 
 __all__ = ["KV_KINDS", "NativeRunner", "native_block_bytes"]
@@ -101,12 +103,17 @@ def _program(lowering: Lowering, config: DecoderConfig, context: Context, pool: 
     """The operations of a whole step, block by block."""
     program = Program(context, pool)
     x = program.embed(_embedding(lowering))
+    style = RopeStyle.QUARTERS if config.position_rows == 2 else RopeStyle(rope.interleaved)
     for layer, (slots, parts) in enumerate(zip(lowering.blocks, lowering.parts.blocks, strict=True)):
-        qkv = _linear(program, _norm(program, x, parts.attention_norm), slots.qkv)
-        program.rope(qkv, layer, heads=config.num_heads, rotary=rope.dims)
+        normal = _norm(program, x, parts.attention_norm)
+        qkv = _linear(program, normal, slots.qkv)
+        program.rope(qkv, layer, heads=config.num_heads, rotary=rope.dims, style=style)
+        x = program.add(normal, scale=parts.alpha) if parts.alpha else x
         _linear(program, program.attend(qkv, layer, heads=config.num_heads), slots.out, add_to=x)
-        inner = _linear(program, _norm(program, x, parts.mlp_norm), slots.gate_up, silu_mul=slots.fused)
-        _linear(program, inner if slots.fused else program.gate(inner), slots.down, add_to=x)
+        normal = _norm(program, x, parts.mlp_norm)
+        inner = _inner(program, normal, slots, parts)
+        x = program.add(normal, scale=parts.alpha) if parts.alpha else x
+        _linear(program, inner, slots.down, add_to=x)
     last = _norm(program, program.gather(x), lowering.parts.norm)
     program.head(last, _weight(lowering.head), lowering.head.bias)
     return program
@@ -121,12 +128,23 @@ def _embedding(lowering: Lowering) -> PackedWeight | torch.Tensor:
     return lowering.table
 
 
-def _linear(program: Program, x: Buffer, slot: Slot, *, add_to: Buffer | None = None, silu_mul: bool = False) -> Buffer:
-    return program.linear(x, _weight(slot), slot.bias, add_to=add_to, silu_mul=silu_mul)
+def _linear(program: Program, x: Buffer, slot: Slot, *, add_to: Buffer | None = None, **activation: bool) -> Buffer:
+    return program.linear(x, _weight(slot), slot.bias, add_to=add_to, **activation)
 
 
-def _norm(program: Program, x: Buffer, norm: RMSNorm) -> Buffer:
-    return program.norm(x, norm.weight.detach().float().contiguous(), eps=norm.eps)
+def _inner(program: Program, x: Buffer, slots: Block, parts: roles.BlockParts) -> Buffer:
+    """What the down projection multiplies."""
+    if parts.activation == "gelu":
+        return _linear(program, x, slots.gate_up, gelu=True)
+    inner = _linear(program, x, slots.gate_up, silu_mul=slots.fused)
+    return inner if slots.fused else program.gate(inner)
+
+
+def _norm(program: Program, x: Buffer, norm: roles.Norm) -> Buffer:
+    gain = norm.weight.detach().float().contiguous()
+    if isinstance(norm, LayerNorm):
+        return program.norm(x, gain, norm.bias.detach().float().contiguous(), eps=norm.eps, kind=Norm.LAYER)
+    return program.norm(x, gain, eps=norm.eps)
 
 
 def _weight(slot: Slot) -> PackedWeight:

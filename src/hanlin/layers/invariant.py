@@ -4,8 +4,8 @@ Torch chooses other summation orders for other numbers of rows, and other code f
 * products are only called with row counts for which a probe on this machine has shown that every row of every such
   call takes the same path (`RowPaths`);
 * sums over a row are made by halving, out of element-wise additions, which IEEE 754 fixes;
-* functions that are not correctly rounded (the exponential in SiLU) see one row a call, so that each element always
-  stands at the same place.
+* functions that are not correctly rounded (the exponential in SiLU, the tanh in GELU) see one row a call, so that each
+  element always stands at the same place.
 It is the reference: slower than the native step, and right on any CPU that torch runs on.
 """
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanlin.layers.activation import SwiGLU
+from hanlin.layers.activation import GELU, SwiGLU
 from hanlin.layers.linear import Linear
-from hanlin.layers.norm import RMSNorm
+from hanlin.layers.norm import LayerNorm, RMSNorm
 from hanlin.layers.rope import Rope
 from hanlin.layers.tables import TabledRope
 
@@ -110,6 +110,22 @@ class InvariantRMSNorm(RMSNorm):
         return (self.weight * normal).to(x.dtype) if self.scale_first else self.weight * normal.to(x.dtype)
 
 
+class InvariantLayerNorm(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        wide, size = x.float(), x.shape[-1]
+        wide = wide - sum_by_halving(wide) / size
+        normal = wide / torch.sqrt(sum_by_halving(wide.square()) / size + self.eps)
+        return (normal * self.weight.float() + self.bias.float()).to(x.dtype)
+
+
+class InvariantGELU(GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for index in range(x.shape[0]):
+            out[index] = super().forward(x[index])
+        return out
+
+
 class InvariantSwiGLU(SwiGLU):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         out = torch.empty_like(gate)
@@ -130,6 +146,8 @@ def sum_by_halving(x: Tensor) -> Tensor:
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    GELU: InvariantGELU,
+    LayerNorm: InvariantLayerNorm,
     Linear: InvariantLinear,
     RMSNorm: InvariantRMSNorm,
     SwiGLU: InvariantSwiGLU,

@@ -1,11 +1,12 @@
-"""Root-mean-square normalisation, in the two roundings that released models were trained with."""
+"""Normalisation: root-mean-square, in the two roundings that released models were trained with, and layer norm."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm"]
 
 
 class RMSNorm(nn.Module):
@@ -28,6 +29,19 @@ class RMSNorm(nn.Module):
         """Apply the norm to x (..., D), given its mean square (..., 1) in float32."""
         normal = x.float() * torch.rsqrt(square + self.eps)
         return (self.weight * normal).to(x.dtype) if self.scale_first else self.weight * normal.to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension. Source: Ba, Kiros and Hinton, 2016."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 def mean_square(x: Tensor) -> Tensor:

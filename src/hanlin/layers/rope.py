@@ -45,7 +45,10 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """What fixes the angles: `dims` rotary dimensions, base, scaling kind and its numbers, trained length."""
+    """What fixes the angles: `dims` rotary dimensions, base, scaling kind and its numbers, trained length.
+
+    `half` rounds the frequencies to float16, as ChatGLM-6B was trained with them.
+    """
 
     dims: int
     base: float
@@ -53,6 +56,7 @@ class RopeConfig:
     kind: str = "none"
     numbers: Mapping[str, float] = field(default_factory=dict)
     interleaved: bool = False
+    half: bool = False
 
     @property
     def factor(self) -> float:
@@ -160,6 +164,8 @@ class Rope:
     def _scaled(self, base: float, dims: int, device: torch.device) -> Tensor:
         exponent = torch.arange(0, dims, 2, dtype=torch.int64, device=device).float() / dims
         plain = 1.0 / (base**exponent)
+        if self.config.half:
+            plain = plain.half().float()
         kind, n = self.config.kind, self.config.numbers
         if kind == "linear":
             return plain / n["factor"]

@@ -38,6 +38,7 @@ class DecoderConfig:
     Attributes:
         qkv_bias, out_bias, mlp_bias: which projections have a bias.
         tied: the head shares the embedding's weight.
+        position_rows: rows of positions that share the rotary dimensions evenly; two for ChatGLM-6B.
         stop_ids: the model's own end-of-text ids.
         reward_id: ends a conversation that a reward model is to judge; None for language models.
     """
@@ -57,6 +58,7 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
+    position_rows: int = 1
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     reward_id: int | None = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import nn
 
 from hanlin.layers.linear import Linear
-from hanlin.layers.norm import RMSNorm
+from hanlin.layers.norm import LayerNorm, RMSNorm
+from hanlin.layers.prefix import PrefixEncoder
 from hanlin.models.config import DecoderConfig
 
-__all__ = ["BlockParts", "HasParts", "ModelParts"]
+__all__ = ["BlockParts", "HasParts", "ModelParts", "Norm"]
+
+Norm = RMSNorm | LayerNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +23,31 @@ class BlockParts:
 
     Attributes:
         qkv: the projections whose `parts` are named q, k and v, fused or not.
-        gate_up: those whose `parts` are named gate and up.
+        gate_up: those whose `parts` are named gate and up; only up where the activation is no gate.
+        activation: silu(gate) * up, or gelu(up) by its tanh approximation.
+        alpha: where it is not 0, the residual is the norm's result, so many times: x = alpha * norm(x) + ..., twice.
     """
 
-    attention_norm: RMSNorm
+    attention_norm: Norm
     qkv: tuple[Linear, ...]
     out: Linear
-    mlp_norm: RMSNorm
+    mlp_norm: Norm
     gate_up: tuple[Linear, ...]
     down: Linear
+    activation: Literal["silu_mul", "gelu"] = "silu_mul"
+    alpha: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """Embedding, blocks, final norm, head; `tied` when embedding and head are one weight."""
+    """Embedding, blocks, final norm, head; `tied` when embedding and head are one weight; a soft prefix, if any."""
 
     embedding: nn.Embedding
     blocks: tuple[BlockParts, ...]
-    norm: RMSNorm
+    norm: Norm
     head: Linear
     tied: bool
+    prefix: PrefixEncoder | None = None
 
 
 class HasParts(Protocol):

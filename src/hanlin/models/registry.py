@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from hanlin.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from hanlin.layers.attend import Attend
     from hanlin.layers.rope import Positions
     from hanlin.models.config import DecoderConfig
 
-__all__ = ["FAMILIES", "Decoder", "Family", "build", "family_of", "read_config"]
+__all__ = ["FAMILIES", "Decoder", "Family", "Layout", "build", "family_of", "layout_of", "read_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Family:
         gguf: the architecture names under which GGUF files hold it.
         chat: how it converses, for people.
         transformers: where its Transformers classes come from.
+        layout: the function beside the model that says of a prompt's ids how many see each other both ways and where
+            all stand; "" for ordinary causal models.
     """
 
     module: str
@@ -38,6 +42,7 @@ class Family:
     gguf: tuple[str, ...] = ()
     chat: str = "its own template, sandboxed"
     transformers: str = "Transformers' own"
+    layout: str = ""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -48,6 +53,14 @@ FAMILIES: Mapping[str, Family] = {
         gguf=("internlm2",),
         chat="ChatML with tools and interpreter",
         transformers="`hanlin.hf`",
+    ),
+    "chatglm": Family(
+        module="hanlin.models.chatglm",
+        cls="ChatGLMForConditionalGeneration",
+        released="ChatGLM-6B, -int8, -int4; P-Tuning v2 prefixes",
+        chat="`[Round i]` turns",
+        transformers="`hanlin.hf`",
+        layout="layout",
     ),
     "internlm2-reward": Family(
         module="hanlin.models.internlm2_reward",
@@ -71,6 +84,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family(module="hanlin.models.llama", cls="LlamaForCausalLM", released="Qwen2, Qwen2.5", gguf=("qwen2",)),
 }
+
+
+# How many first tokens see each other both ways, and the positions (rows, stop - start) of tokens start..stop.
+Layout = tuple[int, "Callable[[int, int], NDArray[np.int64]]"]
 
 
 class Decoder(Protocol):
@@ -98,6 +115,15 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     """Read a `config.json` by its `model_type`; `auto_map` is ignored, always."""
     family = family_of(values.get("model_type"))
     return cast("DecoderConfig", import_module(family.module).read_config(values))
+
+
+def layout_of(config: DecoderConfig) -> Callable[[Sequence[int]], Layout] | None:
+    """What `Family.layout` names, for this model; None for ordinary causal models. It raises RequestError."""
+    family = family_of(config.model_type)
+    if not family.layout:
+        return None
+    rule = getattr(import_module(family.module), family.layout)
+    return lambda ids: rule(config, ids)
 
 
 def build(config: DecoderConfig, *, dtype: torch.dtype) -> nn.Module:

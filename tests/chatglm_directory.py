@@ -1,0 +1,121 @@
+"""ChatGLM-6B directories as released: configurations, tensor names, shards in .bin, quantised weights, prefixes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["config", "read_golden", "weights", "write"]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """The keys of the released `config.json`, of a tiny model."""
+    return {
+        "_name_or_path": "THUDM/chatglm-6b",
+        "architectures": ["ChatGLMModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+            "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+        },
+        "bos_token_id": 92,
+        "eos_token_id": 93,
+        "mask_token_id": 90,
+        "gmask_token_id": 91,
+        "pad_token_id": 3,
+        "hidden_size": 32,
+        "inner_hidden_size": 128,
+        "layernorm_epsilon": 1e-05,
+        "max_sequence_length": 2048,
+        "model_type": "chatglm",
+        "num_attention_heads": 4,
+        "num_layers": 2,
+        "position_encoding_2d": True,
+        "torch_dtype": "float16",
+        "transformers_version": "4.23.1",
+        "use_cache": True,
+        "vocab_size": 97,
+        **changes,
+    }
+
+
+def weights(values: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors under the released names, the rotary tables that the files hold included."""
+    generator = torch.Generator().manual_seed(seed)
+    width, inner, rows = values["hidden_size"], values["inner_hidden_size"], values["vocab_size"]
+
+    def random(*shape: int, scale: float = 0.2, center: float = 0.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale + center
+
+    out = {"transformer.word_embeddings.weight": random(rows, width, scale=1.0)}
+    for layer in range(values["num_layers"]):
+        at = f"transformer.layers.{layer}"
+        out[f"{at}.attention.rotary_emb.inv_freq"] = torch.ones(width // values["num_attention_heads"] // 4).half()
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{at}.{norm}.weight"], out[f"{at}.{norm}.bias"] = random(width, center=1.0), random(width)
+        for name, rows_, columns in (
+            ("attention.query_key_value", 3 * width, width),
+            ("attention.dense", width, width),
+            ("mlp.dense_h_to_4h", inner, width),
+            ("mlp.dense_4h_to_h", width, inner),
+        ):
+            out[f"{at}.{name}.weight"], out[f"{at}.{name}.bias"] = random(rows_, columns), random(rows_)
+    out["transformer.final_layernorm.weight"] = random(width, center=1.0)
+    out["transformer.final_layernorm.bias"] = random(width)
+    out["lm_head.weight"] = random(rows, width, scale=0.5)
+    return out
+
+
+def write(path: Path, values: dict[str, Any], tensors: dict[str, Tensor], shards: int = 2) -> Path:
+    """A model directory with its weights in `shards` pickles and an index, as ChatGLM-6B came."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(values))
+    names, where = list(tensors), {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        part = names[number::shards]
+        torch.save({name: tensors[name] for name in part}, path / file)
+        where |= dict.fromkeys(part, file)
+    size = sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path
+
+
+def read_golden(path: Path, prefix: int = 0) -> tuple[dict[str, Tensor], Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """(weights by released name, prefix (layers, 2, P, heads, size) or None, (ids, hidden) of three steps)."""
+    data, at = path.read_bytes(), 0
+
+    def take(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        nonlocal at
+        count = torch.Size(shape).numel()
+        tensor = torch.frombuffer(bytearray(data), dtype=dtype, count=count, offset=at).view(shape)
+        at += count * dtype.itemsize
+        return tensor.clone()
+
+    soft = take(1, 2, 8, prefix, 4, dtype=torch.float16).float().transpose(2, 3) if prefix else None
+    shapes = {
+        "transformer.word_embeddings.weight": (5, 32),
+        "transformer.layers.0.input_layernorm.weight": (32,),
+        "transformer.layers.0.input_layernorm.bias": (32,),
+        "transformer.layers.0.attention.query_key_value.weight": (96, 32),
+        "transformer.layers.0.attention.query_key_value.bias": (96,),
+        "transformer.layers.0.attention.dense.weight": (32, 32),
+        "transformer.layers.0.attention.dense.bias": (32,),
+        "transformer.layers.0.post_attention_layernorm.weight": (32,),
+        "transformer.layers.0.post_attention_layernorm.bias": (32,),
+        "transformer.layers.0.mlp.dense_h_to_4h.weight": (128, 32),
+        "transformer.layers.0.mlp.dense_h_to_4h.bias": (128,),
+        "transformer.layers.0.mlp.dense_4h_to_h.weight": (32, 128),
+        "transformer.layers.0.mlp.dense_4h_to_h.bias": (32,),
+        "transformer.final_layernorm.weight": (32,),
+        "transformer.final_layernorm.bias": (32,),
+    }
+    tensors = {name: take(*shape) for name, shape in shapes.items()}
+    steps = [(take(count, dtype=torch.int32), take(count, 32)) for count in (3, 1, 1)]
+    assert at == len(data)
+    return tensors, soft, steps
