@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hanlin.cli.render import quiet_keys
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from hanlin.llm import LLM
 
-__all__ = ["load"]
+__all__ = ["load", "show_loading"]
 
 
 def load(name: str | None, options: Mapping[str, Any], *, guessed: bool) -> LLM:
@@ -38,6 +39,20 @@ def load(name: str | None, options: Mapping[str, Any], *, guessed: bool) -> LLM:
                 f"{error}\nIf {name!r} belongs to a prompt: put the whole prompt in quotes. A prompt that looks like "
                 f'a model needs -m: hanlin chat -m smollm2 "..."'
             ) from error
+
+
+@contextlib.contextmanager
+def show_loading() -> Iterator[Callable[[int, int], None]]:
+    """Something to look at while a model is loaded; gives the callback, and is gone when all bytes are there."""
+    with _Waiting() as waiting:
+        waiting.clear()
+
+        def progress(done: int, total: int) -> None:
+            waiting.progress(done, total)
+            if done >= total:
+                waiting.clear()
+
+        yield progress
 
 
 class _Waiting:

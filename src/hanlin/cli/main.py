@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from hanlin.errors import HanlinError
 
@@ -41,6 +41,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
     {
         "chat": Verb("hanlin.cli.chat:chat", "Chat with a model, or ask it one thing.", "Use a model"),
         "run": Verb("hanlin.cli.chat:chat", "The same as chat.", "Use a model"),
+        "serve": Verb("hanlin.cli.serve:serve", "Serve models over HTTP.", "Use a model"),
         "list": Verb("hanlin.cli.models:list_models", "List the models on this disk."),
         "show": Verb("hanlin.cli.models:show", "Show what a model is: family, size, context, licence."),
         "pull": Verb("hanlin.cli.models:pull", "Fetch a model, or the default one."),
@@ -106,7 +107,10 @@ def _app(called: str | None) -> typer.Typer:
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, help=verb.help, rich_help_panel=verb.panel)
         else:
-            app.command(name, help=verb.help if target is _not_loaded else None, rich_help_panel=verb.panel)(target)
+            help_text = verb.help if target is _not_loaded else None
+            kind = getattr(target, "command_class", TyperCommand)
+            settings = {"auto_envvar_prefix": f"HANLIN_{name.upper()}"} if kind is not TyperCommand else None
+            app.command(name, cls=kind, context_settings=settings, help=help_text, rich_help_panel=verb.panel)(target)
     return app
 
 

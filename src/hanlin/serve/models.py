@@ -16,7 +16,7 @@ from hanlin.serve.admission import Admission
 from hanlin.serve.errors import ApiError, model_not_found
 from hanlin.serve.settings import ModelSpec, ServeConfig
 
-__all__ = ["Lease", "Models", "Served"]
+__all__ = ["Lease", "Models", "Progress", "Served"]
 
 log = logging.getLogger("hanlin.serve")
 

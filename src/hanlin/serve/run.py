@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hanlin.errors import ConfigError
 from hanlin.serve.app import create_app
+from hanlin.serve.models import Progress
 from hanlin.serve.service import Service
 from hanlin.serve.settings import ServeConfig
 
@@ -66,11 +67,13 @@ def serve(
     *,
     app: FastAPI | None = None,
     ready: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Serve until SIGINT or SIGTERM; then finish what runs, within `drain_seconds`.
 
     Args:
         ready: called with the URL once requests are welcome.
+        progress: called with (bytes loaded, bytes in all) of the first model.
 
     Returns:
         0 after an orderly end, 1 when an engine has died.
@@ -109,15 +112,17 @@ def serve(
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_main(server, service, listening))
+            asyncio.run(_main(server, service, listening, progress))
     finally:
         sys.setswitchinterval(before)
         listening.close()
     return 1 if service.stopped.is_set() or not server.started else 0
 
 
-async def _main(server: _Server, service: Service, listening: socket.socket) -> None:
-    await service.models.preload()  # here its error is a person's to read; in the lifespan it would be a traceback
+async def _main(server: _Server, service: Service, listening: socket.socket, progress: Progress | None) -> None:
+    await service.models.preload(
+        progress
+    )  # here its error is a person's to read; in the lifespan it would be a traceback
     await server.serve(sockets=[listening])
 
 
