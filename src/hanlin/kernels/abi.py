@@ -9,7 +9,7 @@ from typing import Any
 from hanlin.kernels import native
 from hanlin.kernels.native import Weight
 
-__all__ = ["KVStruct", "OpStruct", "StepStruct", "check", "library"]
+__all__ = ["AdapterStruct", "KVStruct", "LowRankStruct", "OpStruct", "StepStruct", "check", "library"]
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -51,6 +51,7 @@ class StepStruct(ctypes.Structure):
         ("top_values", _P),
         ("top_ids", _P),
         ("log_sum_exp", _P),
+        ("adapters", _P),
     )
 
 
@@ -78,6 +79,18 @@ class OpStruct(ctypes.Structure):
         ("bias", _P),
         ("table", _P),
     )
+
+
+class LowRankStruct(ctypes.Structure):
+    """hl_low_rank"""
+
+    _fields_ = (("rank", _I32), ("taken", _I32), ("down", _P), ("up", _P), ("first", _P))
+
+
+class AdapterStruct(ctypes.Structure):
+    """hl_adapter"""
+
+    _fields_ = (("n_ops", _I32), ("widest", _I32), ("bf16", _I32), ("ops", _P))
 
 
 _KV, _STEP = ctypes.POINTER(KVStruct), ctypes.POINTER(StepStruct)
@@ -112,6 +125,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hl_program_bytes": (_I64, (_P,)),
     "hl_program_run": (_I32, (_P, _STEP)),
     "hl_program_profile": (_I32, (_P, _P)),
+    "hl_adapter_check": (_I32, (_P, ctypes.POINTER(AdapterStruct))),
 }
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ import numpy as np
 from hanlin.errors import ConfigError
 from hanlin.kernels.abi import KVStruct, OpStruct, StepStruct, check, library
 from hanlin.kernels.kv import KVPool, Layout
+from hanlin.kernels.lora import PackedAdapter, Piece
 from hanlin.kernels.native import ADD, GELU, SILU_MUL, Context, PackedWeight, Source, Weight, _dtype, _pointer
 from hanlin.kernels.ops import Function, Norm, RopeStyle, Top
 
@@ -60,6 +61,7 @@ class Step:
         layout: the sequences.
         rows: (R,) int32, the tokens whose logits are wanted, each at most once.
         states: the last so many of the rows are wanted as hidden states alone.
+        adapters: of every sequence, from `Program.adapter`; empty when none has one.
     """
 
     ids: Any
@@ -67,6 +69,7 @@ class Step:
     layout: Layout
     rows: Any
     states: int = 0
+    adapters: Sequence[PackedAdapter | None] = ()
     cos: Any = None
     sin: Any = None
 
@@ -222,6 +225,23 @@ class Program:
         """Bytes of the buffers; they are not touched before a step needs them."""
         return int(library().hl_program_bytes(self._built()))
 
+    def adapter(self, pieces: Iterable[tuple[PackedWeight, Sequence[Piece]]], *, bf16: bool) -> PackedAdapter:
+        """Low-rank additions to the products of weights, for steps of this program. May be called while it runs.
+
+        Raises:
+            ConfigError: additions to what the program does not multiply.
+        """
+        wanted = {id(weight): (weight.out, some) for weight, some in pieces}
+        products = {
+            number: id(self._weights[record.op.weight])
+            for number, record in enumerate(self._records)
+            if record.op.code in (_LINEAR, _HEAD)
+        }
+        by_number = {number: wanted[weight] for number, weight in products.items() if weight in wanted}
+        made = PackedAdapter(len(self._records), by_number, bf16=bf16)
+        check(library().hl_adapter_check(self._built(), made.struct))
+        return made
+
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def run(
@@ -250,6 +270,12 @@ class Program:
             half = self._rotary // 2
             struct.cos = _pointer(step.cos, "cos", ("float32",), (tokens, half))
             struct.sin = _pointer(step.sin, "sin", ("float32",), (tokens, half))
+        if any(step.adapters):
+            if len(step.adapters) != struct.sequences:
+                raise ConfigError(f"{len(step.adapters)} adapters for {struct.sequences} sequences")
+            addresses = [adapter.address if adapter else None for adapter in step.adapters]
+            adapters = (ctypes.c_void_p * len(addresses))(*addresses)
+            struct.adapters = ctypes.addressof(adapters)
         if logits is None:
             logits = np.empty((scored, self.vocabulary), np.float32)
         struct.logits = _pointer(logits, "logits", ("float32",), (scored, self.vocabulary))

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define HL_ABI_VERSION 2
+#define HL_ABI_VERSION 3
 
 typedef enum hl_status {
   HL_OK = 0,
@@ -272,6 +272,7 @@ typedef struct hl_step {
   float* top_values;          /* (R - N, top), or NULL when top is 0 */
   int32_t* top_ids;           /* (R - N, top), or NULL when top is 0 */
   float* log_sum_exp;         /* (R - N,) of the logits, or NULL */
+  const struct hl_adapter* const* adapters; /* (S,) what each sequence's tokens add, or NULL; see hl_adapter */
 } hl_step;
 
 /* out (T, heads * head_size) = softmax(scale * q k^T) v over the pool, whose slots hold the step's own keys and values
@@ -332,6 +333,28 @@ HL_API int32_t hl_program_create(hl_ctx* ctx, const hl_op* ops, int32_t n_ops, c
                                  int32_t n_weights, const int64_t* widths, int32_t n_buffers, const hl_kv* pools,
                                  int32_t n_layers, int32_t max_tokens, hl_program** program);
 HL_API void hl_program_free(hl_program* program);
+
+/* A low-rank addition to one LINEAR or HEAD: in @ weight.T + (in @ down.T) @ up, before bias and flags. Of every 16
+ * outputs in the weight's order, `up` holds only the `taken` inner dimensions that they take: [16 outputs][taken][16],
+ * filled up to whole tiles of HL_TILE outputs. */
+typedef struct hl_low_rank {
+  int32_t rank;         /* inner dimensions; 0: adds nothing, and the rest is not looked at */
+  int32_t taken;        /* 1..rank */
+  const void* down;     /* (rank, in) */
+  const void* up;
+  const int32_t* first; /* the first inner dimension that each 16 outputs take; -1: none */
+} hl_low_rank;
+
+/* Additions to all operations of a program. Made once, used by any number of steps, as long as they run. */
+typedef struct hl_adapter {
+  int32_t n_ops;
+  int32_t widest;         /* the largest rank */
+  int32_t bf16;           /* 1: down and up hold bfloat16, 0: float */
+  const hl_low_rank* ops; /* (n_ops,) */
+} hl_adapter;
+
+/* HL_OK, or what of an adapter does not fit the program. To be asked once; steps do not look again. */
+HL_API int32_t hl_adapter_check(const hl_program* program, const hl_adapter* adapter);
 
 /* Bytes of its buffers. They are not touched before a step needs them. */
 HL_API int64_t hl_program_bytes(const hl_program* program);

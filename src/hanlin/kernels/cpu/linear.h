@@ -70,12 +70,27 @@ static constexpr int64_t tile_bytes(const hl_weight& w) {
   }
 }
 
+// What adapters add to the rows of a product, see lora.h; `of` is nullptr where they add nothing.
+struct LowRows {
+  const hl_adapter* const* of = nullptr;  // of every row, nullptr for none
+  int32_t op = 0;
+  const float* low = nullptr;  // (rows, stride)
+  int64_t stride = 0;
+};
+
+// Rows of floats that are multiplied by the `down` of an adapter.
+struct LowPiece {
+  const float* x;
+  int64_t ldx, in, rows;
+};
+
 // What happens to a product before it is written; see HL_ADD and friends.
 struct Epilogue {
   float* y;  // row r starts at y + r * ldy
   int64_t ldy;
   const float* bias;  // (out,) or nullptr
   int32_t flags;
+  LowRows extra = {};  // added first
 };
 
 // One instruction set's kernels; all noexcept, callable from any thread.
@@ -87,6 +102,9 @@ struct LinearKernels {
   // among threads (Team::split(tiles_of(w))); any split, and any split of the rows, gives the same bits.
   void (*product)(const hl_weight& w, const void* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
                   const Epilogue& out);
+
+  // Dimensions `inner` of x times the `down` of an adapter's operation `op`: low (rows, stride).
+  void (*low)(const hl_adapter& adapter, int32_t op, const LowPiece& x, Range inner, float* low, int64_t stride);
 };
 
 // The whole product as one piece of a team's work: prepares x into `scratch` (rows * act_stride bytes), meets at a

@@ -7,6 +7,11 @@
 #include "simd_dot.h"
 
 namespace hl::HL_VARIANT {
+
+// lora_kernels.cpp
+void low_products(const hl_adapter& adapter, int32_t op, const LowPiece& x, Range inner, float* low, int64_t stride);
+void add_low_rank(const LowRows& extra, int64_t row, int64_t tile, float* y);
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -221,7 +226,7 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
 
 // ---- a panel's results, written -------------------------------------------------------------------------------------
 
-void write_panel(const Results& results, int64_t rows, int64_t row0, int64_t tile, int64_t outs, const Epilogue& out) {
+void write_panel(Results& results, int64_t rows, int64_t row0, int64_t tile, int64_t outs, const Epilogue& out) {
   const int64_t first_out = tile * HL_TILE;
   const int n = static_cast<int>(outs - first_out < HL_TILE ? outs - first_out : HL_TILE);
   const int low = n < 16 ? n : 16, high = n - low;
@@ -231,6 +236,7 @@ void write_panel(const Results& results, int64_t rows, int64_t row0, int64_t til
     if (high > 0) bias[1] = load(out.bias + first_out + 16, high);
   }
   for (int64_t r = 0; r < rows; r++) {
+    if (out.extra.of != nullptr) add_low_rank(out.extra, row0 + r, tile, results[r]);
     F y[2] = {load(results[r]), load(results[r] + 16)};
     if (out.bias != nullptr)
       for (int h = 0; h < 2; h++) y[h] = add(y[h], bias[h]);
@@ -386,6 +392,6 @@ void prepare(Act act, const float* x, int64_t in, void* row) {
 }  // namespace
 
 extern const LinearKernels linear_table;
-const LinearKernels linear_table = {prepare, product};
+const LinearKernels linear_table = {prepare, product, low_products};
 
 }  // namespace hl::HL_VARIANT

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "lora.h"
 #include "step.h"
 
 namespace hl {
@@ -56,5 +57,6 @@ struct hl_program {
   hl::AttendPlan plan;
   std::unique_ptr<std::atomic<int32_t>[]> next;  // one for every stage, see attend_some
   hl::Scratch partials, top;
+  hl::StepAdapters adapters;
   std::vector<double> seconds;  // empty: nobody wants them
 };

@@ -94,8 +94,14 @@ class Run {
     }
   }
 
+  LowRows extra(const Team& team, const Stage& stage, int64_t rows) const {
+    if (!p_.adapters.any()) return {};
+    return low_rows(team, linear_, p_.adapters, stage.number,
+                    {stage.in, stage.in_width, stage.in_width, rows, stage.wanted});
+  }
+
   void linear(const Team& team, const Stage& stage, int64_t rows) const {
-    const Epilogue out = {stage.out, stage.out_width, stage.op.bias, stage.op.flags};
+    const Epilogue out = {stage.out, stage.out_width, stage.op.bias, stage.op.flags, extra(team, stage, rows)};
     const int64_t columns = stage.op.flags & HL_SILU_MUL ? HL_TILE / 2 : HL_TILE;  // that a tile becomes
     // Threads take whole groups of 32 columns, so that each can prepare what it made. With many rows that happens every
     // 128 columns, while they are in the cache.
@@ -159,7 +165,7 @@ class Run {
     const int64_t scored = rows - step_.states;
     if (scored > 0)
       linear_.product(weight, stage.from.rows, stage.from.stride, scored, tiles.begin, tiles.end,
-                      {step_.logits, weight.out, stage.op.bias, 0});
+                      {step_.logits, weight.out, stage.op.bias, 0, extra(team, stage, scored)});
     if (step_.hidden != nullptr) {
       const Range mine = team.split(rows);
       std::copy(stage.in + mine.begin * stage.in_width, stage.in + mine.end * stage.in_width,
@@ -225,6 +231,7 @@ extern "C" int32_t hl_program_run(hl_program* program, const hl_step* step) {
     std::lock_guard<std::mutex> lock(p.ctx->busy);
     if (const int32_t status = hl::check(p, *step)) return status;
     if (step->tokens == 0) return HL_OK;
+    if (const int32_t status = p.adapters.take(*step, p.n_ops)) return status;
     if (p.heads > 0) p.plan.make(*step, p.heads, p.pools[0], p.ctx->pool.size());
     p.partials.reserve(p.plan.partial_floats * 4);
     if (step->rows > 0 && (step->top > 0 || step->log_sum_exp != nullptr))
