@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hanlin.models.internlm2 import InternLM2ForCausalLM, read_config
+from hanlin.models.registry import build, read_config
 from hanlin.tokenizers.spm_model import SpmModel
 
 MARK = "CODE_WAS_RUN"
@@ -130,7 +130,7 @@ def make_directory(path: Path, *, tokenizer: str = "whole", **changes: Any) -> P
     elif tokenizer == "small":
         (path / "tokenizer.model").write_bytes(_small_tokenizer())
         write_json(path / "tokenizer_config.json", small_tokenizer_config())
-    model = InternLM2ForCausalLM(read_config(values))
+    model = build(read_config(values), dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in model.state_dict().items():

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
         pipeline,
     )
     from hanlin.options import EngineConfig
-    from hanlin.types import Completion, Delta, Message, SamplingParams, Score, Tool, ToolCall
+    from hanlin.types import BestOf, Completion, Delta, Message, SamplingParams, Score, Tool, ToolCall
 
 __version__ = "0.1.0"
 
 # name -> module, imported at first use: `import hanlin` and the command line's help need no torch
 _HOME = {
     "AsyncLLM": "hanlin.aio",
+    "BestOf": "hanlin.types",
     "Completion": "hanlin.types",
     "Delta": "hanlin.types",
     "EngineConfig": "hanlin.options",
@@ -53,6 +54,7 @@ _HOME = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BestOf",
     "Completion",
     "Delta",
     "EngineConfig",

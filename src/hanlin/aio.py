@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from hanlin.engine.sequence import Sequence
+from hanlin.judging import AsyncJudging
 from hanlin.llm import LLM, load, or_raise
 from hanlin.replies import Deliver
 from hanlin.requests import Job
@@ -20,7 +21,7 @@ __all__ = ["AsyncLLM", "Running"]
 Numbered = tuple[int, Delta]
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncJudging):
     """`LLM`, awaited: `generate`, `chat` and `score` return the same, `stream` is an async iterator.
 
     Cancelling a task ends its requests within one step.

@@ -14,6 +14,7 @@ from hanlin import assembly
 from hanlin.checkpoints.load import Loaded
 from hanlin.engine.sequence import Sequence
 from hanlin.engine.thread import EngineThread
+from hanlin.judging import Judging
 from hanlin.options import EngineConfig
 from hanlin.replies import Deliver
 from hanlin.requests import Job
@@ -56,7 +57,7 @@ def load(
     return llm
 
 
-class LLM:
+class LLM(Judging):
     """A loaded model with its engine. Safe to use from several threads; a context manager.
 
     Attributes:

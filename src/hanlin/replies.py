@@ -162,13 +162,13 @@ class Reply:
 
 
 class ScoreSink:
-    """The `Sink` of a sequence that is scored only: delivers the sequence itself."""
+    """The `Sink` of a sequence that generates nothing: delivers the sequence itself."""
 
     def __init__(self, deliver: Callable[[Sequence | BaseException], None]) -> None:
         self._deliver = deliver
 
     def token(self, sampled: Sampled) -> str | None:
-        raise AssertionError("a scored sequence draws nothing")
+        raise AssertionError("such a sequence draws nothing")
 
     def finish(self, sequence: Sequence) -> None:
         self._deliver(sequence)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hanlin.engine.sequence import Sequence
 from hanlin.errors import ChatFormatError, HanlinError, RequestError
@@ -78,6 +78,7 @@ class RequestBuilder:
         """Raises:
         RequestError: unknown or impossible values, and ids that the vocabulary does not have.
         """
+        self._writes()
         params = given or self.defaults
         params = params.override(**overrides) if overrides else params
         found = [
@@ -144,16 +145,57 @@ class RequestBuilder:
 
     def scored(self, prompts: Any, deliver: Callable[[Sequence | BaseException], None]) -> list[Sequence]:
         """Sequences whose given tokens are scored."""
-        return [
-            Sequence(
-                prompt=ids,
-                sampling=SamplingParams(max_tokens=1),
-                sink=ScoreSink(deliver),
-                score_prompt=True,
-                rope_length=self.rope.dynamic_length(len(ids)),
+        self._writes()
+        return [self.looked_at(ids, deliver, score=True) for ids in map(self.encode, prompts_of(prompts))]
+
+    def judged(self, conversations: Any) -> list[tuple[int, ...]]:
+        """Conversations as a reward model reads them: without a system prompt of ours, closed by its own token.
+
+        Raises:
+            RequestError: for a model without a reward head.
+        """
+        end = self.config.reward_id
+        if end is None:
+            raise RequestError(
+                "this model writes, it has no reward head; load a reward model, such as internlm2-1_8b-reward"
             )
-            for ids in map(self.encode, prompts_of(prompts))
+        rendered = [self.format().render(c, generation_prompt=False).ids for c in conversations_of(conversations)[1]]
+        return [ids if ids[-1:] == (end,) else (*ids, end) for ids in rendered]  # some templates write it themselves
+
+    def embedded(self, texts: Any) -> list[tuple[int, ...]]:
+        """Texts, or ids, as a model is to read them: special tokens in a text are text."""
+        encode = self.tokenizer.encode
+        return [
+            tuple(encode(text, add_special=True)) if isinstance(text, str) else self.encode(text)
+            for text in prompts_of(texts)
         ]
+
+    def looked_at(
+        self,
+        ids: tuple[int, ...],
+        deliver: Callable[[Sequence | BaseException], None],
+        *,
+        score: bool = False,
+        pool: Literal["last", "mean", "value"] | None = None,
+    ) -> Sequence:
+        """A sequence that generates nothing, see `Sequence.score_prompt` and `Sequence.pool`."""
+        return Sequence(
+            prompt=ids,
+            sampling=SamplingParams(max_tokens=1),
+            sink=ScoreSink(deliver),
+            score_prompt=score,
+            pool=pool,
+            rope_length=self.rope.dynamic_length(len(ids)),
+        )
+
+    def _writes(self) -> None:
+        """Raises:
+        RequestError: for a reward model.
+        """
+        if self.config.reward_id is not None:
+            raise RequestError(
+                "this is a reward model, it judges conversations and writes nothing: use reward(), or load a chat model"
+            )
 
     def _chat(self, conversation: List[Message], sampling: SamplingParams, tools: tuple[Tool, ...]) -> Job:
         if self.system_prompt and all(message.role != "system" for message in conversation):

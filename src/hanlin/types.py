@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 from hanlin.errors import RequestError, problems
 
 __all__ = [
+    "BestOf",
     "ChatFormat",
     "ChatModel",
     "Completion",
@@ -34,6 +35,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "Usage",
+    "ranks",
 ]
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -341,6 +343,21 @@ class Completion:
     seed: int = 0
     index: int = 0
     stop: str | int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOf(Completion):
+    """The best of several replies, its score, and all of them with theirs, in the order they were drawn in."""
+
+    score: float
+    candidates: tuple[Completion, ...]
+    scores: tuple[float, ...]
+
+
+def ranks(scores: Sequence[float]) -> list[int]:
+    """Each score's place, 0 for the highest; of equal ones the first comes first."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return sorted(range(len(scores)), key=order.__getitem__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def chat_format_for(
         if found is None:
             return TemplateFormat(tokenizer, sandbox)
         return InternLM2Format(tokenizer, template_system=found.default_system) if internlm2 else found
-    if model_type == "internlm2" and internlm2:
+    if model_type in ("internlm2", "internlm2-reward", "internlm3") and internlm2:
         return InternLM2Format(tokenizer)
     if model_type == "internlm" and tokenizer.token_id("<eoa>") is not None:
         return InternLMFormat(tokenizer)
