@@ -29,7 +29,7 @@ ROOMS = {
     "engine": {"models", "layers", "kernels", "types", "errors"},
     "hf": {"models", "checkpoints", "tokenizers", "chat", "layers", "types", "errors"},
     "bench": {"llm", "options", "types", "errors", "hub"},
-    "serve": {"llm", "aio", "requests", "chat", "hub", "types", "errors"},
+    "serve": {"llm", "aio", "requests", "engine", "chat", "hub", "types", "errors"},
 }
 # The facade's own files may import every room below them, and each other.
 FACADE = {"__init__", "llm", "aio", "judging", "assembly", "replies", "requests", "lmdeploy"}

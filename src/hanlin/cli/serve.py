@@ -53,6 +53,7 @@ def serve(
             help="LoRA adapters of the first model.",
         ),
     ] = None,
+    adapter_directory: Annotated[Path | None, typer.Option(help="Whose folders requests may load as adapters.")] = None,
     host: Annotated[
         str,
         typer.Option("--host", "--server-name", help="Beyond loopback it needs a key.", rich_help_panel=_WHERE),
@@ -280,6 +281,7 @@ def serve(
         private_key=private_key,
         memory_budget=budget,
         keep_alive=None if alive is None or alive < 0 else alive,
+        adapter_directory=adapter_directory,
         legacy_chatglm=legacy_chatglm,
         page=page,
         log_format=log_format,

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from hanlin import __version__
 from hanlin.errors import HanlinError, problems
 from hanlin.serve.call import DisconnectedError
-from hanlin.serve.errors import ApiError, describe, openai_body
+from hanlin.serve.errors import ApiError, describe, error_body
 from hanlin.serve.guard import Guard
-from hanlin.serve.routes import health
+from hanlin.serve.routes import adapters, anthropic, health, legacy_chatglm, ollama, page, tokens
 from hanlin.serve.service import Service
 from hanlin.serve.settings import ServeConfig
 
@@ -25,7 +25,7 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("hanlin.serve")
 
-ROUTERS = (health.router,)
+ROUTERS = (health.router, tokens.router, adapters.router, anthropic.router, ollama.router)
 
 
 def create_app(config: ServeConfig) -> FastAPI:
@@ -48,7 +48,8 @@ def create_app(config: ServeConfig) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.service = service = Service(config)
-    for router in ROUTERS:
+    chosen = [(page.router, config.page), (legacy_chatglm.router, config.legacy_chatglm)]
+    for router in (*ROUTERS, *(router for router, wanted in chosen if wanted)):
         app.include_router(router)
     app.add_middleware(Guard, config=config, rates=service.rates)
     for kind in (ApiError, HanlinError, RequestValidationError, HTTPException, DisconnectedError, Exception):
@@ -63,7 +64,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     answer = _described(error)
     if answer.status >= 500:
         log.error("%s: %s", request.scope["state"].get("request_id"), error, exc_info=error)
-    body: Any = openai_body(answer)
+    body: Any = error_body(request.url.path, answer)
     return JSONResponse(body, answer.status, answer.headers)
 
 

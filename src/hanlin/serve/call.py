@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from starlette.requests import Request
 
 from hanlin.aio import Running
-from hanlin.llm import LLM
+from hanlin.engine.sequence import Sequence
+from hanlin.llm import LLM, or_raise
 from hanlin.requests import Job
 from hanlin.serve.admission import Ticket
 from hanlin.serve.errors import ApiError
@@ -45,7 +47,7 @@ class Call:
 
     Attributes:
         id: of the request, for logs and answers.
-        lease: keeps the model loaded.
+        lease: keeps the model loaded. load_seconds: how long that took.
     """
 
     id: str
@@ -55,6 +57,8 @@ class Call:
     limits: Limits
     observer: Observer
     began: float = field(default_factory=time.perf_counter)
+    load_seconds: float = 0.0
+    _detached: bool = False
     _ticket: Ticket | None = None
     _running: Running | None = None
     _outcome: Outcome | None = None
@@ -74,6 +78,10 @@ class Call:
         """The name that the client used."""
         return self.lease.name
 
+    def detach(self) -> None:
+        """Go on when the client has gone: somebody will ask for the result in another request."""
+        self._detached = True
+
     async def prepare(self, make: Callable[[LLM], Iterable[Job]]) -> list[Job]:
         """Jobs made by `make`, which renders and tokenises; checked against the limits, with this key's salt.
 
@@ -84,7 +92,7 @@ class Call:
         jobs = list(await asyncio.to_thread(make, self.llm) if long else make(self.llm))
         return [self._checked(job, len(jobs)) for job in jobs]
 
-    async def start(self, jobs: list[Job], *, stream: bool) -> AsyncIterator[list[tuple[int, Delta]]]:
+    async def start(self, jobs: list[Job], *, stream: bool) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Wait for a place and hand the jobs over; returns the iterator over (job's number, delta).
 
         Raises:
@@ -112,6 +120,60 @@ class Call:
 
         return await self.while_connected(collect())
 
+    async def look(
+        self,
+        prompts: list[tuple[int, ...]],
+        *,
+        score: bool = False,
+        pool: Literal["mean", "last", "value"] | None = None,
+    ) -> list[Sequence]:
+        """Have prompts scored or pooled, see `RequestBuilder.looked_at`; the finished sequences.
+
+        Raises:
+            as `complete`.
+        """
+        if len(prompts) > self.limits.inputs:
+            raise ApiError(400, f"{len(prompts)} inputs; this server takes {self.limits.inputs} at once", param="input")
+        most = self.limits.prompt_tokens
+        if most is not None and any(len(ids) > most for ids in prompts):
+            raise ApiError(400, f"this server takes inputs of {most} tokens", code="context_length_exceeded")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Queue[Sequence | BaseException] = asyncio.Queue()
+
+        def deliver(result: Sequence | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(done.put_nowait, result)
+
+        sequences = [self.llm.requests.looked_at(ids, deliver, score=score, pool=pool) for ids in prompts]
+        for sequence in sequences:
+            sequence.salt = self.key.salt
+            self.llm.engine.check(sequence)
+        entering = self.lease.admission.enter(self.key, sequences=len(sequences), tokens=sum(map(len, prompts)))
+        self._ticket = await self.while_connected(entering)
+
+        async def collect() -> None:
+            for _ in sequences:
+                or_raise(await done.get())
+
+        self.llm.thread.submit(sequences)
+        try:
+            await self.while_connected(collect())
+        except BaseException:
+            self.llm.thread.abort(sequences)
+            raise
+        self.observer.looked(self, sum(map(len, prompts)))
+        return sequences
+
+    async def embed(
+        self, texts: Any, *, pool: Literal["mean", "last"] = "mean", normalize: bool = True
+    ) -> tuple[list[list[float]], int]:
+        """Embeddings of texts or ids, see `LLM.embed`, and how many tokens they have."""
+        prompts = self.llm.requests.embedded(texts)
+        rows = [s.pooled for s in await self.look(prompts, pool=pool) if s.pooled is not None]
+        scales = [float(np.sqrt(np.square(row).sum())) or 1.0 if normalize else 1.0 for row in rows]
+        found = [(row / scale).astype(np.float32).tolist() for row, scale in zip(rows, scales, strict=True)]
+        return found, sum(map(len, prompts))
+
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, unless the client goes or time is up first; then it is cancelled.
 
@@ -119,7 +181,7 @@ class Call:
             DisconnectedError. ApiError: 408.
         """
         task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(disconnected(self.request))
+        gone = asyncio.ensure_future(self._gone())
         try:
             await asyncio.wait({task, gone}, timeout=self.seconds_left, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -153,7 +215,12 @@ class Call:
             self._ticket = None
         self.lease.release()
 
-    async def _watched(self, running: Running) -> AsyncIterator[list[tuple[int, Delta]]]:
+    async def _gone(self) -> None:
+        if self._detached:
+            await asyncio.get_running_loop().create_future()
+        await disconnected(self.request)
+
+    async def _watched(self, running: Running) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         outcome = self._outcome
         assert outcome is not None
         async for deltas in running:

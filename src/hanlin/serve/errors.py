@@ -18,7 +18,7 @@ from hanlin.errors import (
     RequestError,
 )
 
-__all__ = ["ApiError", "busy", "describe", "model_not_found", "openai_body"]
+__all__ = ["ApiError", "busy", "describe", "error_body", "model_not_found", "openai_body"]
 
 _TYPES = {
     400: "invalid_request_error",
@@ -90,6 +90,19 @@ def describe(error: BaseException) -> ApiError:
     if isinstance(error, (ConfigError, ModelNotFoundError, DownloadError, HanlinError)):
         return ApiError(500, "the model cannot be loaded; the server's log says why", code="model_load_failed")
     return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+_ANTHROPIC_TYPES = {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+
+
+def error_body(path: str, error: ApiError) -> dict[str, Any]:
+    """As the API writes it to which the path belongs."""
+    if path.startswith("/v1/messages"):
+        kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else error.type)
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
+    if path.startswith("/api/"):
+        return {"error": error.message}
+    return openai_body(error)
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hanlin.serve.errors import ApiError, busy, openai_body
+from hanlin.serve.errors import ApiError, busy, error_body
 from hanlin.serve.keys import ANONYMOUS, Key, Rates
 from hanlin.serve.settings import ServeConfig
 
@@ -90,7 +90,7 @@ class Guard:
                 raise self._too_large()
             await self.app(scope, await self._read(receive), sending)
         except ApiError as error:
-            await JSONResponse(openai_body(error), error.status, error.headers)(scope, receive, sending)
+            await JSONResponse(error_body(scope["path"], error), error.status, error.headers)(scope, receive, sending)
         finally:
             log.info(
                 "%s %s key=%s %s %s %d %.3f s",

@@ -46,6 +46,10 @@ class Observer:
         """The jobs are handed to the engine."""
         return Outcome(prompt_tokens=sum(len(job.ids) for job in jobs))
 
+    def looked(self, call: Call, tokens: int) -> None:
+        """Prompts were scored or pooled; nothing was generated."""
+        log.info("%s key=%s model=%s looked_at=%d", call.id, call.key.name, call.model, tokens)
+
     def ended(self, call: Call, outcome: Outcome, error: BaseException | None) -> None:
         """The request is over, one way or another."""
         log.info(

@@ -10,6 +10,7 @@ import time
 from starlette.requests import Request
 
 from hanlin.serve.call import Call
+from hanlin.serve.conversations import Conversations
 from hanlin.serve.keys import Rates
 from hanlin.serve.models import Models
 from hanlin.serve.observe import Observer
@@ -35,6 +36,7 @@ class Service:
         self.rates = Rates()
         self.observer = Observer()
         self.started = time.time()
+        self.conversations = Conversations()
         self.draining = False
         self.stopped = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -49,6 +51,7 @@ class Service:
         Raises:
             ApiError: 404, or 503 while shutting down. CapacityError.
         """
+        began = time.perf_counter()
         lease = await self.models.lease(model, keep_alive=keep_alive)
         state = request.scope["state"]
         return Call(
@@ -58,6 +61,8 @@ class Service:
             lease=lease,
             limits=self.config.limits,
             observer=self.observer,
+            began=began,
+            load_seconds=time.perf_counter() - began,
         )
 
     async def start(self) -> None:
@@ -79,6 +84,7 @@ class Service:
             if self.failure is not None and not self.stopped.is_set():
                 log.critical("an engine has died: %r", self.failure, exc_info=self.failure)
                 self.stopped.set()
+            self.conversations.sweep()
             await self.models.unload_idle()
 
 

@@ -54,6 +54,7 @@ class Limits:
         prompt_tokens: of one prompt; None is what the model's context holds.
         max_tokens: of one reply; None is what the model's context holds.
         completions: replies to one request at most: prompts times n.
+        inputs: texts of one request for embeddings or scores at most.
         top_logprobs: alternatives beside each token at most.
         stops: stop texts of one request at most, and `stop_chars` the length of each.
         queued_requests: waiting for the engine at most; more are answered 429.
@@ -69,6 +70,7 @@ class Limits:
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     completions: int = 128
+    inputs: int = 2048
     top_logprobs: int = 20
     stops: int = 16
     stop_chars: int = 1024
@@ -108,6 +110,7 @@ class ServeConfig:
         certificate, private_key: files for TLS.
         memory_budget: bytes that all loaded models may take; None is what the machine has free.
         keep_alive: seconds that a model stays loaded without being asked for; None is for ever.
+        adapter_directory: whose folders requests may load as LoRA adapters; None lets them load none.
         legacy_chatglm: ChatGLM-6B's own routes, `POST /` and `/chat` with `/get_response`.
         page: the chat page at `/`.
         log_format: text or json. log_prompts: write prompts and replies to the log.
@@ -127,6 +130,7 @@ class ServeConfig:
     private_key: Path | None = None
     memory_budget: int | None = None
     keep_alive: float | None = None
+    adapter_directory: Path | None = None
     legacy_chatglm: bool = False
     page: bool = True
     log_format: str = "text"
@@ -158,6 +162,8 @@ class ServeConfig:
         found += [
             f"no such file: {p}" for p in (self.certificate, self.private_key) if p is not None and not p.is_file()
         ]
+        if self.adapter_directory is not None and not self.adapter_directory.is_dir():
+            found.append(f"no such directory: {self.adapter_directory}")
         if self.log_format not in ("text", "json"):
             found.append(f"log_format must be text or json, not {self.log_format!r}")
         if found:

@@ -1,0 +1,60 @@
+"""What a conversation asks for, in whichever API it came: one way from there to jobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hanlin.llm import LLM
+from hanlin.requests import Job
+from hanlin.types import ToolCall
+
+__all__ = ["Ask", "arguments_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A conversation, or a prompt, and how to answer it.
+
+    Attributes:
+        messages: as `Message.parse` reads them; or None for a `prompt`.
+        sampling: fields of `SamplingParams`; None means the model's own value.
+        tools, tool_choice, parallel_tool_calls, response_format: as OpenAI's.
+    """
+
+    messages: Sequence[Mapping[str, Any]] | None = None
+    prompt: Any = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: Any = None
+
+    def jobs(self, llm: LLM, adapter: str | None = None) -> list[Job]:
+        """Render and tokenise.
+
+        Raises:
+            RequestError: what cannot be, all at once.
+        """
+        overrides = {name: value for name, value in self.sampling.items() if value is not None}
+        for name in ("tool_choice", "parallel_tool_calls", "response_format"):
+            value = getattr(self, name)
+            if value is not None and (self.messages is not None or name == "response_format"):
+                overrides[name] = value
+        if self.messages is None:
+            jobs = llm.requests.prompt_jobs(self.prompt, None, overrides)
+        else:
+            jobs = llm.requests.chat_jobs(self.messages, None, self.tools, overrides)[1]
+        return [replace(job, adapter=adapter) for job in jobs] if adapter else jobs
+
+
+def arguments_of(call: ToolCall) -> Any:
+    """A call's arguments as a value; as the text that the model wrote, where that is no JSON."""
+    if call.kind == "interpreter":
+        return {"code": call.arguments}
+    try:
+        return json.loads(call.arguments)
+    except ValueError:
+        return {"arguments": call.arguments}

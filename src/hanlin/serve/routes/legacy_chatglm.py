@@ -1,0 +1,119 @@
+"""ChatGLM-6B's own two APIs: `POST /` of api.py, and `/chat` with `/get_response` of its stream API.
+
+The shapes are those of the repository's scripts; `is_handled` is true once the request has left the queue (the script
+that set it was not at hand).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse, Response
+
+from hanlin.serve.ask import Ask
+from hanlin.serve.call import Call
+from hanlin.serve.conversations import Conversation
+from hanlin.serve.errors import describe
+from hanlin.serve.service import service_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["chatglm-6b"])
+
+_MAX_LENGTH, _TOP_P, _TEMPERATURE = 2048, 0.7, 0.95
+
+
+class ApiRequest(BaseModel):
+    """`POST /`. What is missing, null or zero gets the default, as in the script."""
+
+    prompt: str
+    history: list[tuple[str, str]] | None = None
+    max_length: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+
+
+class ChatRequest(BaseModel):
+    query: str
+    request_id: str = Field(min_length=1, max_length=256)
+    history: list[tuple[str, str]] | None = None
+    max_length: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+
+
+class PollRequest(BaseModel):
+    request_id: str = Field(max_length=256)
+
+
+@router.post("/")
+async def api(request: Request, body: ApiRequest) -> Response:
+    """One turn."""
+    async with await service_of(request).open(request, None) as call:
+        jobs = await call.prepare(_ask(call, body.prompt, body).jobs)
+        (done,) = await call.complete(jobs)
+        history = [*(body.history or []), (body.prompt, done.text)]
+        stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        return JSONResponse({"response": done.text, "history": history, "status": 200, "time": stamp})
+
+
+@router.post("/chat")
+async def chat(request: Request, body: ChatRequest) -> Response:
+    """Begin a reply, to be asked for by `/get_response`."""
+    service = service_of(request)
+    call = await service.open(request, None)
+    try:
+        call.detach()
+        jobs = await call.prepare(_ask(call, body.query, body).jobs)
+        kept = service.conversations.add(call.key.name, body.request_id)
+    except BaseException as error:
+        call.close(error)
+        raise
+    kept.task = asyncio.create_task(_run(call, jobs, kept))
+    return JSONResponse({"code": 0, "msg": "start process"})
+
+
+@router.post("/get_response")
+async def get_response(request: Request, body: PollRequest) -> Response:
+    """What there is of a reply."""
+    service = service_of(request)
+    kept = service.conversations.get(request.scope["state"]["key"].name, body.request_id)
+    if kept.error is not None:
+        raise kept.error
+    response = {
+        "is_finished": kept.finished,
+        "is_handled": kept.handled,
+        "response": kept.text,
+        "timestamp": time.time(),
+    }
+    return JSONResponse({"code": 0, "msg": "success", "response": response})
+
+
+async def _run(call: Call, jobs: Any, kept: Conversation) -> None:
+    async with call:
+        try:
+            deltas = await call.start(jobs, stream=True)
+            kept.handled = True
+            async with contextlib.aclosing(deltas):
+                async for batch in deltas:
+                    kept.text += "".join(delta.text for _, delta in batch)
+        except Exception as error:
+            kept.error = describe(error)
+        finally:
+            kept.finished = True
+
+
+def _ask(call: Call, query: str, body: ApiRequest | ChatRequest) -> Ask:
+    turns: list[dict[str, Any]] = []
+    for question, answer in body.history or []:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns.append({"role": "user", "content": query})
+    sampling = {"top_p": body.top_p or _TOP_P, "temperature": body.temperature or _TEMPERATURE}
+    prompt = len(Ask(messages=turns).jobs(call.llm)[0].ids)  # max_length counts it
+    return Ask(messages=turns, sampling={**sampling, "max_tokens": max(1, (body.max_length or _MAX_LENGTH) - prompt)})
