@@ -9,7 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["config", "read_golden", "weights", "write"]
+from hanlin.tokenizers.chatglm import ADDED
+from hanlin.tokenizers.spm_model import CONTROL, NORMAL, UNIGRAM, UNKNOWN, USER_DEFINED, SpmModel
+
+__all__ = ["PIECES", "config", "read_golden", "tokenizer_config", "tokenizer_model", "weights", "write"]
+
+_WORDS = (
+    "▁the ▁cat ▁sat ▁on ing 你 好 你好 问 答 训练时间 训练 时间 年 。 , ! : ; ? "
+    "▁[ [ ] Round ▁print ( ) ' \" - + = . # _ / < > |"
+)
+PIECES: tuple[tuple[str, int], ...] = (
+    ("<unk>", UNKNOWN),
+    ("<s>", CONTROL),
+    ("</s>", CONTROL),
+    ("<pad>", CONTROL),
+    ("<n>", USER_DEFINED),
+    ("▁", NORMAL),
+    *((word, NORMAL) for word in dict.fromkeys((*_WORDS.split(), *"abcdefghijklmnopqrstuvwxyz0123456789ABR"))),
+    *ADDED,
+)
+
+
+def tokenizer_model() -> bytes:
+    """An `ice_text.model` of the second layout's make, with a few hundred pieces."""
+    names = [piece for piece, _ in PIECES]
+    return SpmModel(
+        pieces=names,
+        scores=[-float(12 - len(name)) if kind == NORMAL else 0.0 for name, kind in PIECES],
+        kinds=[kind for _, kind in PIECES],
+        algorithm=UNIGRAM,
+        remove_extra_spaces=True,
+    ).serialize()
+
+
+def tokenizer_config(**changes: Any) -> dict[str, Any]:
+    """The released `tokenizer_config.json`."""
+    return {
+        "name_or_path": "THUDM/chatglm-6b",
+        "bos_token": "<sop>",
+        "eos_token": "<eop>",
+        "end_token": "</s>",
+        "gmask_token": "[gMASK]",
+        "mask_token": "[MASK]",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "remove_space": False,
+        "do_lower_case": False,
+        "tokenizer_class": "ChatGLMTokenizer",
+        "num_image_tokens": 0,
+        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+        **changes,
+    }
 
 
 def config(**changes: Any) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_a_name_decides_alone(name: str, found: str) -> None:
 
 
 def test_every_listed_format_can_be_had() -> None:
-    tokenizer = ByteTokenizer((*INTERNLM2_TOKENS, "<eoh>", "<eoa>"))
+    tokenizer = ByteTokenizer((*INTERNLM2_TOKENS, "<eoh>", "<eoa>", "[gMASK]", "<sop>", "<eop>"))
     for name in list_formats():
         assert chat_format_for(tokenizer, model_type="", template="x", name=name).name == name
 

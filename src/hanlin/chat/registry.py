@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from hanlin.chat.chatglm import ChatGLMFormat
 from hanlin.chat.chatml import ChatMLFormat
 from hanlin.chat.internlm import InternLMFormat
 from hanlin.chat.internlm2 import SPECIALS, InternLM2Format
@@ -38,6 +39,7 @@ FORMATS: Mapping[str, _Entry] = MappingProxyType(
             InternLMFormat, ("internlm-chat", "internlm-chat-7b", "internlm-chat-7b-8k", "internlm-chat-20b")
         ),
         "internlm-v1_1": _Entry(lambda tokenizer: InternLMFormat(tokenizer, early=True), ("internlm-chat-7b-v1_1",)),
+        "chatglm": _Entry(ChatGLMFormat, ("chatglm-6b", "chatglm-6b-int4", "chatglm-6b-int8")),
         "chatml": _Entry(ChatMLFormat, ("qwen", "smollm2")),
         "raw": _Entry(RawFormat, ("base",)),
     }
@@ -87,6 +89,8 @@ def chat_format_for(
         return InternLM2Format(tokenizer)
     if model_type == "internlm" and tokenizer.token_id("<eoa>") is not None:
         return InternLMFormat(tokenizer)
+    if model_type == "chatglm" and tokenizer.token_id("<eop>") is not None:
+        return ChatGLMFormat(tokenizer)
     return RawFormat(tokenizer)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hanlin.errors import ModelNotFoundError, TokenizerError, problems
 from hanlin.tokenizers.base import AddedToken, BaseTokenizer, Specials, is_markup
+from hanlin.tokenizers.chatglm import ChatGLMTokenizer
 from hanlin.tokenizers.hf import MAX_ID, HFTokenizer
 from hanlin.tokenizers.spm import SentencePieceTokenizer, known_added
 from hanlin.tokenizers.spm_model import NORMAL, SpmModel
@@ -19,6 +20,8 @@ __all__ = ["Directory", "Kind", "load_tokenizer"]
 
 MiB = 1 << 20
 _LFS = b"version https://git-lfs"
+# ChatGLM-6B's first layout: image tokens, and rows of its embedding.
+_IMAGES, _WITH_IMAGES = 20000, 150528
 _ROLES = ("bos", "eos", "unk", "pad")
 
 
@@ -188,6 +191,17 @@ def _sentencepiece(directory: Directory) -> BaseTokenizer:
     return tokenizer
 
 
+def _chatglm(directory: Directory) -> BaseTokenizer:
+    name = str(directory.path / "ice_text.model")
+    model = SpmModel.parse(directory.read("ice_text.model", limit=32 * MiB), name)
+    images = directory.config.get("num_image_tokens")
+    if type(images) is not int or not 0 <= images <= _IMAGES:  # the first releases do not say
+        images = _IMAGES if directory.rows >= _WITH_IMAGES else 0
+    tokenizer = ChatGLMTokenizer(model, images=images, rows=directory.rows, name=name)
+    tokenizer.check_added(directory.added())
+    return tokenizer
+
+
 def _tokenizer_json(directory: Directory) -> BaseTokenizer:
     name = str(directory.path / "tokenizer.json")
     data = directory.json("tokenizer.json", limit=128 * MiB)
@@ -203,6 +217,7 @@ KINDS: tuple[Kind, ...] = (
         classes=frozenset({"InternLM2Tokenizer", "InternLMTokenizer", "InternLM3Tokenizer", "LlamaTokenizer"}),
         load=_sentencepiece,
     ),
+    Kind(file="ice_text.model", classes=frozenset({"ChatGLMTokenizer"}), load=_chatglm),
     Kind(file="tokenizer.json", load=_tokenizer_json),
 )
 

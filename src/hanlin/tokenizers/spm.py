@@ -22,7 +22,7 @@ from hanlin.tokenizers.spm_model import (
     SpmModel,
 )
 
-__all__ = ["SentencePieceTokenizer", "known_added"]
+__all__ = ["SentencePieceTokenizer", "known_added", "load_processor"]
 
 SPACE = "▁"
 _FROM_TEXT = frozenset((NORMAL, USER_DEFINED, UNUSED))
@@ -94,7 +94,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         reached = replace(model, pieces=list(model.pieces), scores=list(model.scores), kinds=kinds)
         _add_words(reached, words, name)
         kinds = list(reached.kinds)
-        self._processor = _processor(reached, name)
+        self._processor = load_processor(reached, name)
         self._model = reached
         size = max(rows, max(names) + 1)
         kinds += [CONTROL] * (size - len(kinds))
@@ -197,7 +197,12 @@ def _placeholder(i: int) -> str:
     return f"<hanlin_{i}>"
 
 
-def _processor(model: SpmModel, name: str) -> sentencepiece.SentencePieceProcessor:
+def load_processor(model: SpmModel, name: str) -> sentencepiece.SentencePieceProcessor:
+    """The library's own object for a model; pieces that it refuses become placeholders.
+
+    Raises:
+        TokenizerError: SentencePiece refuses the model.
+    """
     # SentencePiece refuses pieces that are empty or stand twice (converted files have such), and prints a warning at
     # each load about a NUL piece, which it never uses beside byte fallback. Control pieces hold their places.
     seen = {"", "\0"}
