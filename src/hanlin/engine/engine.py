@@ -73,12 +73,12 @@ class Engine:
         self.scheduler = Scheduler(
             self.blocks, max_sequences=limits.max_sequences, max_step_tokens=limits.max_step_tokens
         )
-        self.steps = 0
+        self.steps = self.proposed = self.accepted = 0
 
     @property
     def capacity(self) -> int:
         """Tokens that one sequence can have at most: what the model was made for, and what the pool holds."""
-        return min(self.limits.max_context, self.limits.blocks * self.limits.block_size)
+        return min(self.limits.max_context, self.limits.blocks * self.limits.block_size - self.runner.soft_len)
 
     @property
     def idle(self) -> bool:
@@ -108,6 +108,7 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that `check` has passed."""
         self.check(sequence)
+        sequence.soft_len = self.runner.soft_len
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -174,10 +175,12 @@ class Engine:
         sequence.computed = len(sequence)
         self.blocks.register(sequence)
         sequence.proposed += len(draft)
+        self.proposed += len(draft)
         for place, (row, top) in enumerate(zip(logits, best, strict=True)):
             if place:  # the row before this one chose what was guessed, and the guess is computed
                 sequence.computed += 1
                 sequence.accepted += 1
+                self.accepted += 1
                 self.blocks.register(sequence)
             sampled = choose(row, sequence, int(top))
             if not isinstance(sampled, Sampled):
