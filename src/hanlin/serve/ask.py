@@ -9,7 +9,7 @@ from typing import Any
 
 from hanlin.llm import LLM
 from hanlin.requests import Job
-from hanlin.types import ToolCall
+from hanlin.types import Message, Tool, ToolCall
 
 __all__ = ["Ask", "arguments_of"]
 
@@ -24,10 +24,10 @@ class Ask:
         tools, tool_choice, parallel_tool_calls, response_format: as OpenAI's.
     """
 
-    messages: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Message | Mapping[str, Any]] | None = None
     prompt: Any = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Tool | Mapping[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     response_format: Any = None

@@ -1,0 +1,214 @@
+"""What /v1/chat/completions takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from hanlin.errors import problems
+from hanlin.serve.errors import ApiError
+from hanlin.serve.schemas.sampling import Body, SamplingBody
+from hanlin.types import Message, Tool, ToolCall
+
+__all__ = ["ChatBody", "ChatMessage", "read_tools"]
+
+_ROLES = {"developer": "system", "function": "tool", "environment": "tool", "observation": "tool"}
+_MOST_TOOLS = 256
+
+
+class Part(Body):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(Body):
+    id: str | None = None
+    type: str | None = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function", "environment", "observation"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+
+
+class ChatBody(SamplingBody):
+    """Fields without effect here (`metadata`, `store`, `service_tier`...) are taken, and have none."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    function_call: str | dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    verbosity: Any = None
+    reasoning_effort: Any = None
+    chat_template_kwargs: Any = None
+
+    modalities: list[str] | None = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    chat_template: Any = None
+    documents: Any = None
+    echo: bool | None = None
+
+    refused: ClassVar[dict[str, str]] = {
+        **SamplingBody.refused,
+        "audio": "this model writes text",
+        "prediction": "guessing ahead needs no help, and never changes the answer",
+        "web_search_options": "this server does not search; give a function for it in tools",
+        "chat_template": "requests cannot bring templates; the model's own format is used",
+        "documents": "put them into a message",
+        "echo": "the reply never repeats the messages",
+    }
+
+    @property
+    def legacy(self) -> bool:
+        """Whether the request speaks of functions, as before there were tools."""
+        return bool(self.functions) and not self.tools
+
+    def check(self) -> None:
+        """Raises:
+        ApiError: fields that contradict each other.
+        """
+        if set(self.modalities or ["text"]) != {"text"}:
+            raise ApiError(400, "modalities: this model writes text only", param="modalities")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise ApiError(
+                    400,
+                    "continue_final_message and add_generation_prompt exclude each other",
+                    param="continue_final_message",
+                )
+            if self.messages[-1].role != "assistant":
+                raise ApiError(
+                    400,
+                    f"continue_final_message needs a last message of the assistant, not of role "
+                    f"{self.messages[-1].role!r}",
+                    param="continue_final_message",
+                )
+
+    def overrides(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the request gives."""
+        values = self.sampling()
+        if self.max_completion_tokens is not None:
+            values["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            values["logprobs"] = self.top_logprobs or 0
+        return values
+
+    def known_tools(self) -> tuple[Tool, ...]:
+        """Raises:
+        ApiError: a kind of tool that only its maker's servers have.
+        """
+        if self.legacy:
+            return read_tools([{"type": "function", "function": f} for f in self.functions or ()], "functions")
+        return read_tools(self.tools or (), "tools")
+
+    def choice(self) -> Any:
+        """What must be called, as a `tool_choice`; None when the model is free to."""
+        choice = self.tool_choice
+        if self.legacy and choice is None:
+            choice = self.function_call
+        if isinstance(choice, Mapping) and "name" in choice and "function" not in choice:
+            choice = {"type": "function", "function": {"name": choice["name"]}}
+        return None if choice == "auto" else choice
+
+    def conversation(self, tools: tuple[Tool, ...]) -> list[Message]:
+        """Raises:
+        ApiError: naming every part that is not text.
+        """
+        interpreters = {tool.name for tool in tools if tool.kind == "interpreter"}
+        found: list[str] = []
+        messages = [_message(message, f"messages.{i}", interpreters, found) for i, message in enumerate(self.messages)]
+        if found:
+            raise ApiError(400, problems("messages", found[:20]), code="invalid_value", param="messages")
+        return messages
+
+
+def read_tools(values: Any, param: str) -> tuple[Tool, ...]:
+    """Tools of a request.
+
+    Raises:
+        ApiError, RequestError: what cannot be.
+    """
+    for value in values:
+        kind = value.get("type", "function")
+        if kind not in ("function", "interpreter", "code_interpreter"):
+            raise ApiError(400, f"tools of type {str(kind)[:40]!r} are not here: give functions", param=param)
+    tools = tuple(Tool.parse(value) for value in values)
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "two tools have the same name", param=param)
+    return tools
+
+
+def _message(message: ChatMessage, where: str, interpreters: set[str], found: list[str]) -> Message:
+    calls = [_call(call.function, call.id or "", interpreters) for call in message.tool_calls or ()]
+    if message.function_call is not None and not calls:
+        calls = [_call(message.function_call, "", interpreters)]
+    return Message(
+        role=_ROLES.get(message.role, message.role),
+        content=_text(message.content, where, found),
+        name=message.name or None,
+        tool_calls=tuple(calls),
+        tool_call_id=message.tool_call_id,
+    )
+
+
+def _text(content: str | list[Part] | None, where: str, found: list[str]) -> str:
+    if not isinstance(content, list):
+        return content or ""
+    texts = []
+    for index, part in enumerate(content):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in ("text", "input_text", "output_text", "refusal"):
+            found.append(f"{where}.content.{index}: parts of type {part.type[:40]!r} cannot be read, only text")
+        elif text is None:
+            found.append(f"{where}.content.{index}: a part of type {part.type!r} needs its text")
+        texts.append(text or "")
+    return "".join(texts)
+
+
+def _call(function: FunctionCall, call_id: str, interpreters: set[str]) -> ToolCall:
+    arguments = function.arguments
+    if function.name in interpreters:
+        value = arguments
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                value = None
+        if isinstance(value, Mapping) and isinstance(value.get("code"), str):
+            return ToolCall(name=function.name, arguments=value["code"], id=call_id, kind="interpreter")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments or {}, ensure_ascii=False)
+    return ToolCall(name=function.name, arguments=arguments or "{}", id=call_id)
