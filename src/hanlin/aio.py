@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any
 
-from hanlin.engine.sequence import Sequence
+from hanlin.engine.sequence import Adapter, Sequence
 from hanlin.judging import AsyncJudging
 from hanlin.llm import LLM, load, or_raise
 from hanlin.replies import Deliver
-from hanlin.requests import Job
+from hanlin.requests import Job, adapted
 from hanlin.types import Completion, Delta, SamplingParams, Score
 
 __all__ = ["AsyncLLM", "Running"]
@@ -49,17 +49,24 @@ class AsyncLLM(AsyncJudging):
         await asyncio.to_thread(self.llm.close)
 
     async def generate(
-        self, prompts: Any, sampling: SamplingParams | None = None, **overrides: Any
+        self, prompts: Any, sampling: SamplingParams | None = None, *, adapter: str | None = None, **overrides: Any
     ) -> list[Completion]:
         """See `LLM.generate`."""
-        return await self.start(self.llm.requests.prompt_jobs(prompts, sampling, overrides), stream=False).completions()
+        jobs = adapted(self.llm.requests.prompt_jobs(prompts, sampling, overrides), adapter)
+        return await self.start(jobs, stream=False).completions()
 
     async def chat(
-        self, messages: Any, sampling: SamplingParams | None = None, tools: Any = None, **overrides: Any
+        self,
+        messages: Any,
+        sampling: SamplingParams | None = None,
+        tools: Any = None,
+        *,
+        adapter: str | None = None,
+        **overrides: Any,
     ) -> Any:
         """See `LLM.chat`."""
         many, jobs = self.llm.requests.chat_jobs(messages, sampling, tools, overrides)
-        out = await self.start(jobs, stream=False).completions()
+        out = await self.start(adapted(jobs, adapter), stream=False).completions()
         return out if many else out[0]
 
     async def stream(
@@ -69,10 +76,12 @@ class AsyncLLM(AsyncJudging):
         tools: Any = None,
         *,
         prompt: Any = None,
+        adapter: str | None = None,
         **overrides: Any,
     ) -> AsyncIterator[Delta]:
         """See `LLM.stream`. What came while the caller was busy comes as one delta."""
-        running = self.start([self.llm.requests.stream_job(messages, sampling, tools, prompt, overrides)], stream=True)
+        jobs = adapted([self.llm.requests.stream_job(messages, sampling, tools, prompt, overrides)], adapter)
+        running = self.start(jobs, stream=True)
         try:
             async for deltas in running:
                 for _, delta in deltas:
@@ -80,9 +89,17 @@ class AsyncLLM(AsyncJudging):
         finally:
             running.close()
 
-    async def score(self, prompts: Any) -> list[Score]:
+    async def score(self, prompts: Any, *, adapter: str | None = None) -> list[Score]:
         """See `LLM.score`."""
-        return await asyncio.to_thread(self.llm.score, prompts)
+        return await asyncio.to_thread(self.llm.score, prompts, adapter=adapter)
+
+    async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> Adapter:
+        """See `LLM.load_adapter`."""
+        return await asyncio.to_thread(self.llm.load_adapter, name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `LLM.unload_adapter`, which never waits."""
+        self.llm.unload_adapter(name)
 
     def start(self, jobs: Iterable[Job], *, stream: bool) -> Running:
         """Hand jobs to the engine; to be called in the event loop that will read the answers.

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from hanlin.adapters import Adapters
 from hanlin.checkpoints.load import Loaded, load_model
 from hanlin.checkpoints.source import TensorInfo, TensorSource
 from hanlin.engine.engine import Engine, EngineLimits
@@ -188,6 +189,7 @@ def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuild
         system_prompt=system,
         stop_ids=frozenset(stop_ids_of(loaded.config, chat_format, loaded.description.generation)),
         defaults=_defaults(chat_format, loaded, path),
+        adapters=Adapters(loaded.model),
     )
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from hanlin import assembly
 from hanlin.checkpoints.load import Loaded
-from hanlin.engine.sequence import Sequence
+from hanlin.engine.sequence import Adapter, Sequence
 from hanlin.engine.thread import EngineThread
 from hanlin.judging import Judging
 from hanlin.options import EngineConfig
 from hanlin.replies import Deliver
-from hanlin.requests import Job
+from hanlin.requests import Job, adapted
 from hanlin.types import ChatFormat, Completion, Delta, SamplingParams, Score, Tool
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ def load(
     placement = assembly.place(settings)
     loaded = assembly.load(location.path, placement, progress)
     llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
+    try:
+        for name, directory in (settings.adapters or {}).items():
+            llm.load_adapter(name, directory)
+    except BaseException:
+        llm.close()
+        raise
     llm.load_seconds = time.perf_counter() - began
     return llm
 
@@ -76,6 +82,7 @@ class LLM(Judging):
         self.tokenizer = self.requests.tokenizer
         self.default_sampling = self.requests.defaults
         self.engine = assembly.engine(loaded, settings, placement, self.requests.rope)
+        self.requests.adapters.runner = self.engine.runner
         self.context_length = self.engine.capacity
         self.thread = EngineThread(self.engine)
         self._cache = placement.cache
@@ -103,7 +110,33 @@ class LLM(Judging):
         """
         return self.requests.format()
 
-    def generate(self, prompts: Any, sampling: SamplingParams | None = None, **overrides: Any) -> list[Completion]:
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The LoRA adapters that requests can ask for, by name."""
+        return self.requests.adapters.loaded
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> Adapter:
+        """Load a LoRA adapter, as PEFT saves them, from a directory; requests ask for it with `adapter=name`.
+
+        May be called while requests run.
+
+        Raises:
+            ConfigError: a name that is none, or taken.
+            ModelNotFoundError, CheckpointError: no adapter there, or none that fits this model.
+        """
+        return self.requests.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Requests that run with it finish with it; its memory comes back with the last of them.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        self.requests.adapters.unload(name)
+
+    def generate(
+        self, prompts: Any, sampling: SamplingParams | None = None, *, adapter: str | None = None, **overrides: Any
+    ) -> list[Completion]:
         """Continue prompts: a string, ids, or a list of either. All run together; the order is kept.
 
         A string is a prompt in the model's own language: special tokens in it are special. Use `chat` for text
@@ -112,18 +145,21 @@ class LLM(Judging):
         Raises:
             RequestError: a prompt or sampling value that cannot be; nothing was started then.
         """
-        return self._complete(self.requests.prompt_jobs(prompts, sampling, overrides))
+        return self._complete(adapted(self.requests.prompt_jobs(prompts, sampling, overrides), adapter))
 
     def chat(
         self,
         messages: Any,
         sampling: SamplingParams | None = None,
         tools: Iterable[Tool | Mapping[str, Any]] | None = None,
+        *,
+        adapter: str | None = None,
         **overrides: Any,
     ) -> Any:
         """Answer a conversation (a string, or messages), or a list of conversations.
 
         A conversation without a system message gets the model's own default one, see `EngineConfig.system_prompt`.
+        `adapter` names a LoRA adapter that is loaded, see `load_adapter`.
 
         Returns:
             One Completion for one conversation, a list of them for a list or for n > 1.
@@ -132,7 +168,7 @@ class LLM(Judging):
             RequestError: messages or sampling values that cannot be; nothing was started then.
         """
         many, jobs = self.requests.chat_jobs(messages, sampling, tools, overrides)
-        out = self._complete(jobs)
+        out = self._complete(adapted(jobs, adapter))
         return out if many else out[0]
 
     def stream(
@@ -142,18 +178,20 @@ class LLM(Judging):
         tools: Iterable[Tool | Mapping[str, Any]] | None = None,
         *,
         prompt: Any = None,
+        adapter: str | None = None,
         **overrides: Any,
     ) -> Iterator[Delta]:
         """As `chat` for one conversation, or as `generate` for one `prompt`, piece by piece.
 
         Closing the iterator, or Ctrl-C, ends the reply within one step.
         """
-        return self._stream(self.requests.stream_job(messages, sampling, tools, prompt, overrides))
+        (job,) = adapted([self.requests.stream_job(messages, sampling, tools, prompt, overrides)], adapter)
+        return self._stream(job)
 
-    def score(self, prompts: Any) -> list[Score]:
+    def score(self, prompts: Any, *, adapter: str | None = None) -> list[Score]:
         """Log-probabilities of the tokens of prompts (a string, ids, or a list of either) under the model."""
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        sequences = self.requests.scored(prompts, results.put)
+        sequences = self.requests.scored(prompts, results.put, adapter)
         self._run(sequences, results)
         return [Score(ids=s.prompt, logprobs=(None, *s.prompt_logprobs)) for s in sequences]
 

@@ -137,14 +137,14 @@ class Pipeline:
             RequestError: prompts or values that cannot be.
         """
         many, items = _items(prompts)
-        configs = self._configs(gen_config, len(items), adapter_name)
+        configs = self._configs(gen_config, len(items))
         if len({id(c) for c in configs}) == 1:
-            completions = self._run(items, configs[0].sampling(), do_preprocess)
+            completions = self._run(items, configs[0].sampling(), do_preprocess, adapter_name)
         else:
             completions = [
                 out
                 for item, c in zip(items, configs, strict=True)
-                for out in self._run([item], c.sampling(), do_preprocess)
+                for out in self._run([item], c.sampling(), do_preprocess, adapter_name)
             ]
         responses = [_response(completion, index) for index, completion in enumerate(completions)]
         return responses if many or len(responses) > 1 else responses[0]
@@ -158,11 +158,11 @@ class Pipeline:
     ) -> Iterator[Response]:
         """Pieces of the replies as they come; `index` tells which prompt a piece belongs to."""
         _, items = _items(prompts)
-        sampling = self._configs(gen_config, len(items), adapter_name)[0].sampling()
+        sampling = self._configs(gen_config, len(items))[0].sampling()
         for index, item in enumerate(items):
             count = 0
             source = {"messages": item} if do_preprocess else {"prompt": item}
-            for delta in self.llm.stream(sampling=sampling, **source):
+            for delta in self.llm.stream(sampling=sampling, adapter=adapter_name, **source):
                 count += len(delta.ids)
                 done = delta.done
                 yield Response(
@@ -191,17 +191,17 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _run(self, items: list[Any], sampling: SamplingParams, do_preprocess: bool) -> list[Completion]:
+    def _run(
+        self, items: list[Any], sampling: SamplingParams, do_preprocess: bool, adapter: str | None
+    ) -> list[Completion]:
         if not do_preprocess:
-            return self.llm.generate(items, sampling)
+            return self.llm.generate(items, sampling, adapter=adapter)
         conversations = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in items]
-        out: list[Completion] = self.llm.chat(conversations, sampling)
+        out: list[Completion] = self.llm.chat(conversations, sampling, adapter=adapter)
         return out
 
     @staticmethod
-    def _configs(given: Any, count: int, adapter_name: str | None) -> list[GenerationConfig]:
-        if adapter_name is not None:
-            raise ConfigError(f"adapter_name = {adapter_name!r}: this model was loaded without adapters")
+    def _configs(given: Any, count: int) -> list[GenerationConfig]:
         if not isinstance(given, list):
             return [given or GenerationConfig()] * count
         if len(given) != count:

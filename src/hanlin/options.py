@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -44,6 +45,8 @@ class EngineConfig:
         rope_scaling_factor: stretch the context by dynamic NTK; 0 keeps what the model says.
         chat_template: name of a chat format; None chooses by the model.
         system_prompt: for conversations without one; None is the model's own default, "" none at all.
+        adapter: a directory with a LoRA adapter, as PEFT saves them, to be merged into the weights while loading.
+        adapters: such directories by name, to be asked for by each request.
         packed_cache: keep packed weights of the native runner on disk, where later loads map them.
         threads: CPU threads; None leaves it to torch.
         tp, use_logn_attn: must be 1 and False for now.
@@ -67,6 +70,8 @@ class EngineConfig:
     chat_template: str | None = None
     system_prompt: str | None = None
     threads: int | None = None
+    adapter: str | os.PathLike[str] | None = None
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None
     packed_cache: bool = True
     weights: str = "auto"
     kv_cache: str = "auto"
@@ -113,6 +118,9 @@ class EngineConfig:
             found.append("give cache_max_entry_count or cache_bytes, not both")
         if type(self.step_seconds) not in (int, float) or not 0 <= self.step_seconds < math.inf:
             found.append(f"step_seconds must be a number >= 0, not {self.step_seconds!r}")
+        adapters: object = self.adapters
+        if adapters is not None and not isinstance(adapters, Mapping):
+            found.append(f"adapters must map names to directories, not {adapters!r}")
         factor = self.rope_scaling_factor
         if type(factor) not in (int, float) or not (factor == 0 or 1 <= factor < math.inf):
             found.append(f"rope_scaling_factor must be 0 or >= 1, not {factor!r}")

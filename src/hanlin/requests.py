@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from hanlin.adapters import Adapters
 from hanlin.engine.sequence import Sequence
 from hanlin.errors import ChatFormatError, HanlinError, RequestError
 from hanlin.layers.rope import RopeConfig
@@ -15,16 +16,20 @@ from hanlin.models.config import DecoderConfig
 from hanlin.replies import Deliver, Plain, Reply, ScoreSink
 from hanlin.types import ChatFormat, Message, SamplingParams, Tokenizer, Tool
 
-__all__ = ["Job", "RequestBuilder", "conversations_of", "prompts_of", "tools_of"]
+__all__ = ["Job", "RequestBuilder", "adapted", "conversations_of", "prompts_of", "tools_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One prompt, tokenised and checked. Cached prefixes are shared only between jobs of equal `salt`."""
+    """One prompt, tokenised and checked. Cached prefixes are shared only between jobs of equal `salt`.
+
+    `adapter` is the name of one that is loaded, None for the model as it is.
+    """
 
     ids: tuple[int, ...]
     sampling: SamplingParams
     salt: bytes = b""
+    adapter: str | None = None
     chat: bool = False
     tools: tuple[Tool, ...] = ()
 
@@ -47,6 +52,7 @@ class RequestBuilder:
     system_prompt: str
     stop_ids: frozenset[int]
     defaults: SamplingParams
+    adapters: Adapters
 
     def chat_jobs(
         self, messages: Any, sampling: SamplingParams | None, tools: Any, overrides: Mapping[str, Any]
@@ -114,6 +120,7 @@ class RequestBuilder:
         sampling, skip = job.sampling, job.sampling.skip_special_tokens
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.stop_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        adapter = self.adapters.get(job.adapter)
         encode = self.tokenizer.encode
         bad = tuple(tuple(encode(start + text)) for text in sampling.bad_words for start in ("", " "))
         out: list[Sequence] = []
@@ -138,15 +145,19 @@ class RequestBuilder:
                 seed=(seed & (2**64 - 1)) + (index << 64),
                 rope_length=self.rope.dynamic_length(len(job.ids)),
                 salt=job.salt,
+                adapter=adapter,
                 follows=out[0] if out else None,
             )
             out.append(sequence)
         return out
 
-    def scored(self, prompts: Any, deliver: Callable[[Sequence | BaseException], None]) -> list[Sequence]:
+    def scored(
+        self, prompts: Any, deliver: Callable[[Sequence | BaseException], None], adapter: str | None = None
+    ) -> list[Sequence]:
         """Sequences whose given tokens are scored."""
         self._writes()
-        return [self.looked_at(ids, deliver, score=True) for ids in map(self.encode, prompts_of(prompts))]
+        ids = [self.encode(prompt) for prompt in prompts_of(prompts)]
+        return [self.looked_at(each, deliver, score=True, adapter=adapter) for each in ids]
 
     def judged(self, conversations: Any) -> list[tuple[int, ...]]:
         """Conversations as a reward model reads them: without a system prompt of ours, closed by its own token.
@@ -177,6 +188,7 @@ class RequestBuilder:
         *,
         score: bool = False,
         pool: Literal["last", "mean", "value"] | None = None,
+        adapter: str | None = None,
     ) -> Sequence:
         """A sequence that generates nothing, see `Sequence.score_prompt` and `Sequence.pool`."""
         return Sequence(
@@ -185,6 +197,7 @@ class RequestBuilder:
             sink=ScoreSink(deliver),
             score_prompt=score,
             pool=pool,
+            adapter=self.adapters.get(adapter),
             rope_length=self.rope.dynamic_length(len(ids)),
         )
 
@@ -201,6 +214,11 @@ class RequestBuilder:
         if self.system_prompt and all(message.role != "system" for message in conversation):
             conversation = [Message(role="system", content=self.system_prompt), *conversation]
         return Job(ids=self.format().render(conversation, tools).ids, sampling=sampling, chat=True, tools=tools)
+
+
+def adapted(jobs: list[Job], adapter: str | None) -> list[Job]:
+    """The same jobs, for an adapter."""
+    return [replace(job, adapter=adapter) for job in jobs]
 
 
 def prompts_of(prompts: Any) -> list[Any]:

@@ -251,18 +251,21 @@ def _sorted(source: TensorSource, base: Base, found: list[str]) -> tuple[dict[st
         elif mark:
             found.append(f"{shown(stored)} is no part of a plain LoRA adapter")
         else:
-            whole = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)", "", name)
-            problem = _table_problem(whole, source.infos[stored].shape, source.infos[stored].dtype, base)
+            frozen = name.endswith(".base_layer.weight")  # PEFT's copy of what the additions stand beside
+            whole = re.sub(r"\.(modules_to_save(\.[^.]+)?|base_layer)(?=\.weight$)", "", name)
+            info = source.infos[stored]
+            problem = _table_problem(whole, info.shape, info.dtype, base, frozen=frozen)
             if problem:
                 found.append(f"{shown(stored)}: {problem}")
-            tables[whole] = stored
+            elif not frozen:
+                tables[whole] = stored
     return halves, tables
 
 
-def _table_problem(name: str, shape: tuple[int, ...], dtype: str, base: Base) -> str:
+def _table_problem(name: str, shape: tuple[int, ...], dtype: str, base: Base, *, frozen: bool) -> str:
     if name not in base.tables:
         return "of whole weights (modules_to_save) only the embedding and the head can be honoured"
-    if base.tied:
+    if base.tied and not frozen:
         return "replaces the embedding or the head, which are one weight in this model; merge it with PEFT"
     if shape != base.tables[name]:
         return f"has shape {shape}, the model needs {base.tables[name]}"

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hanlin.engine.scheduler import Scheduled
+from hanlin.engine.sequence import Adapter
 
 __all__ = ["Batch"]
 
@@ -27,6 +28,7 @@ class Batch:
         prefix_lens: (S,) int32, keys that see each other both ways.
         rows: (R,) int32, the packed rows whose logits are wanted.
         states: (N,) int32, those whose hidden states are wanted instead.
+        adapters: (S,) of each sequence; empty when none has one.
     """
 
     ids: NDArray[np.int32]
@@ -40,6 +42,7 @@ class Batch:
     rows: NDArray[np.int32]
     states: NDArray[np.int32]
     block_size: int
+    adapters: tuple[Adapter | None, ...] = ()
 
     @classmethod
     def build(cls, scheduled: Scheduled, block_size: int) -> Batch:
@@ -77,6 +80,7 @@ class Batch:
             rows=_joined(rows),
             states=_joined(states),
             block_size=block_size,
+            adapters=tuple(s.adapter for s, _ in scheduled) if any(s.adapter for s, _ in scheduled) else (),
         )
 
 

@@ -140,6 +140,7 @@ class BlockManager:
 
     def _root(self, sequence: Sequence) -> bytes:
         head = len(sequence.salt).to_bytes(8, "little") + sequence.salt
+        head += sequence.adapter.key if sequence.adapter else bytes(16)
         head += sequence.rope_length.to_bytes(8, "little") + sequence.prefix_len.to_bytes(8, "little")
         prefix = np.asarray(sequence.prompt[: sequence.prefix_len], np.int64).tobytes()
         return hashlib.blake2b(head + prefix, digest_size=32).digest()

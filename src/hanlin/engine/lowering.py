@@ -92,6 +92,7 @@ class Lowering:
 
     Attributes:
         cached: whether the weights come from the cache, known after `plan`; see `sound`.
+        linears: the name of the linear layer that a weight, by its name, belongs to.
 
     Raises:
         ConfigError: weight kinds that a shape cannot have, all of them at once.
@@ -102,6 +103,8 @@ class Lowering:
             raise ConfigError(f"weights must be one of auto, {', '.join(KINDS)}, not {weights!r}")
         assert isinstance(model, nn.Module)
         self._names = {id(p): name for name, p in model.named_parameters()}
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+        self.linears = {self._names[id(module.weight)]: name for name, module in linears.items()}
         self._weights, self._context, self._cache = weights, context, cache
         self._found: Found | None = None
         parts: ModelParts = model.parts()

@@ -10,10 +10,13 @@ import torch
 from hanlin.engine.batch import Batch
 from hanlin.engine.lowering import Block, Lowering, Slot
 from hanlin.engine.runner import Output
+from hanlin.engine.sequence import Adapter
 from hanlin.kernels.kv import KVKind, KVPool, Layout, block_bytes
-from hanlin.kernels.native import Context, PackedWeight
+from hanlin.kernels.lora import Piece
+from hanlin.kernels.native import Context, Kind, PackedWeight
 from hanlin.kernels.ops import Norm, RopeStyle
 from hanlin.kernels.program import Buffer, Program, Step
+from hanlin.layers.lora import LowRank
 from hanlin.layers.norm import LayerNorm
 from hanlin.layers.rope import Positions, RopeConfig
 from hanlin.layers.tables import TabledRope
@@ -61,7 +64,7 @@ class NativeRunner:
     ) -> None:
         self.vocab_size = config.vocab_size
         self.weight_bytes = lowering.nbytes
-        self._context = context
+        self._context, self._lowering = context, lowering
         self._rope = TabledRope(rope)
         self._pool = KVPool(
             KV_KINDS[kv_cache],
@@ -91,9 +94,22 @@ class NativeRunner:
             states=states,
             cos=rotation.cos,
             sin=rotation.sin,
+            adapters=[adapter.held if adapter else None for adapter in batch.adapters],
         )
         result = self.program.run(step)
         return Output(result.logits, result.hidden[scored:] if states else _NO_STATES)
+
+    def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:
+        """Kept as bfloat16, or as float32 where the weights are."""
+        whose = self._lowering.linears
+        pieces = []
+        for slot in self._lowering.slots:
+            mine = [(additions.get(whose.get(name, "")), place) for name, place in slot.places.items()]
+            some = [Piece(*low.arrays(), place) for low, place in mine if low is not None]
+            if some:
+                pieces.append((_weight(slot), some))
+        held = self.program.adapter(pieces, bf16=self._lowering.blocks[0].out.kind is not Kind.F32)
+        return Adapter(held=held, nbytes=held.nbytes)
 
     def close(self) -> None:
         self._context.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import groupby
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -11,7 +13,9 @@ from torch import nn
 
 from hanlin.engine.attend import KVPool, PagedAttend
 from hanlin.engine.batch import Batch
+from hanlin.engine.sequence import Adapter
 from hanlin.layers.invariant import make_invariant
+from hanlin.layers.lora import LowRank, RowAdapters, attach
 from hanlin.layers.rope import Positions
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import Decoder
@@ -40,6 +44,9 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> Output:
         """Compute the batch's tokens."""
 
+    def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:
+        """Additions by the name of a linear layer, in this runner's form. May be called from any thread, any time."""
+
     def close(self) -> None:
         """Give the pool back."""
 
@@ -64,6 +71,7 @@ class TorchRunner:
         self.invariant = invariant and self.device.type == "cpu"
         if self.invariant:
             make_invariant(model)
+        self._rows: RowAdapters | None = None
         self._pool = KVPool(
             layers=config.num_layers,
             blocks=blocks,
@@ -81,11 +89,33 @@ class TorchRunner:
         )
         lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths).to(self.device)
         attend = PagedAttend(self._pool, batch, slots, self.invariant)
+        owners = np.repeat(np.arange(len(batch.context)), np.diff(batch.query_start))
+        self._tell(batch, owners)
         hidden = self._model(ids, Positions(places, lengths), attend)
         states = hidden[torch.from_numpy(batch.states).to(self.device).long()].float().cpu().numpy()
         if not len(rows):
             return Output(np.zeros((0, self.vocab_size), np.float32), states)
+        self._tell(batch, owners[batch.rows])
         return Output(self._model.head(hidden[rows.long()]).cpu().numpy(), states)
+
+    def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:
+        held = {name: low.to(self.device) for name, low in additions.items()}
+        return Adapter(held=held, nbytes=sum(low.down.nbytes + low.up.nbytes for low in held.values()))
+
+    def _tell(self, batch: Batch, owners: NDArray[np.int64]) -> None:
+        """Say which rows of the coming call are whose: owners (rows,), a sequence each."""
+        if batch.adapters and self._rows is None:
+            self._rows = RowAdapters()
+            attach(cast(nn.Module, self._model), self._rows)
+        if self._rows is None:
+            return
+        runs, start = [], 0
+        for adapter, rows in groupby(owners, lambda owner: batch.adapters[owner] if batch.adapters else None):
+            end = start + sum(1 for _ in rows)
+            if adapter is not None:
+                runs.append((start, end, adapter.held))
+            start = end
+        self._rows.runs = runs
 
     def close(self) -> None:
         del self._pool

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hanlin.types import FinishReason, SamplingParams
 
-__all__ = ["PositionRule", "Sampled", "Sequence", "Sink", "Status", "arange_positions"]
+__all__ = ["Adapter", "PositionRule", "Sampled", "Sequence", "Sink", "Status", "arange_positions"]
 
 PositionRule = Callable[[int, int], "NDArray[np.int64]"]
 
@@ -21,6 +23,24 @@ PositionRule = Callable[[int, int], "NDArray[np.int64]"]
 def arange_positions(start: int, stop: int) -> NDArray[np.int64]:
     """Positions of tokens start..stop of an ordinary causal model, (1, stop - start)."""
     return np.arange(start, stop, dtype=np.int64)[None]
+
+
+@dataclass(eq=False, kw_only=True)
+class Adapter:
+    """Low-rank additions to a model, in the form that its runner wants.
+
+    Attributes:
+        held: the runner's own.
+        nbytes: its size in memory.
+        key: what tells it from all others; cached blocks are shared only within one adapter.
+        path, rank: where it came from, and its largest rank.
+    """
+
+    held: Any
+    nbytes: int
+    key: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    path: Path = Path()
+    rank: int = 0
 
 
 class Status(Enum):
@@ -62,6 +82,7 @@ class Sequence:
         positions: the family's rule; `prefix_len` first tokens see each other both ways and are computed in one step.
         rope_length: what fixes dynamic RoPE, see `RopeConfig.dynamic_length`.
         salt: sequences share cached blocks only with equal salts.
+        adapter: what the model adds for it, if anything.
         score_prompt: report the log-probability of every prompt token.
         pool: generate nothing, but report in `pooled`, as float64: the last token's hidden state (D,), the mean of all
             tokens' (D,), or the value that the head of a reward model gives the last (1,).
@@ -82,6 +103,7 @@ class Sequence:
     prefix_len: int = 0
     rope_length: int = 0
     salt: bytes = b""
+    adapter: Adapter | None = None
     score_prompt: bool = False
     pool: Literal["last", "mean", "value"] | None = None
     follows: Sequence | None = None

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hanlin.layers.invariant import InvariantLinear, product
@@ -35,6 +38,15 @@ class LowRank:
     @property
     def rank(self) -> int:
         return int(self.down.shape[0])
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same as float32 elsewhere."""
+        down, up = (half.to(device, torch.float32).contiguous() for half in (self.down, self.up))
+        return LowRank(down=down, up=up, scale=self.scale)
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(down, scale * up) as float32."""
+        return self.down.float().numpy(), (self.up.float() * self.scale).numpy()
 
     def weight(self) -> Tensor:
         """The whole addition, (out, in) float32."""
