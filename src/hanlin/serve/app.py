@@ -14,10 +14,9 @@ from starlette.responses import JSONResponse, Response
 
 from hanlin import __version__
 from hanlin.errors import HanlinError, problems
-from hanlin.serve.call import DisconnectedError
-from hanlin.serve.errors import ApiError, describe, error_body
+from hanlin.serve.errors import ApiError, DisconnectedError, describe, error_body
 from hanlin.serve.guard import Guard
-from hanlin.serve.routes import adapters, anthropic, health, legacy_chatglm, ollama, page, tokens
+from hanlin.serve.routes import adapters, anthropic, health, legacy_chatglm, ollama, openai_chat, page, tokens
 from hanlin.serve.service import Service
 from hanlin.serve.settings import ServeConfig
 
@@ -25,7 +24,7 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("hanlin.serve")
 
-ROUTERS = (health.router, tokens.router, adapters.router, anthropic.router, ollama.router)
+ROUTERS = (health.router, openai_chat.router, tokens.router, adapters.router, anthropic.router, ollama.router)
 
 
 def create_app(config: ServeConfig) -> FastAPI:

@@ -16,23 +16,19 @@ from hanlin.engine.sequence import Sequence
 from hanlin.llm import LLM, or_raise
 from hanlin.requests import Job
 from hanlin.serve.admission import Ticket
-from hanlin.serve.errors import ApiError
+from hanlin.serve.errors import ApiError, DisconnectedError
 from hanlin.serve.keys import Key
 from hanlin.serve.models import Lease
 from hanlin.serve.observe import Observer, Outcome
 from hanlin.serve.settings import Limits
 from hanlin.types import Completion, Delta
 
-__all__ = ["Call", "DisconnectedError", "disconnected"]
+__all__ = ["Call", "disconnected"]
 
 T = TypeVar("T")
 
 # Requests whose bodies are longer are tokenised in a thread, so that others' answers go on meanwhile.
 _SHORT = 16 << 10
-
-
-class DisconnectedError(Exception):
-    """The client has gone; nobody hears the answer."""
 
 
 async def disconnected(request: Request) -> None:

@@ -18,7 +18,7 @@ from hanlin.errors import (
     RequestError,
 )
 
-__all__ = ["ApiError", "busy", "describe", "error_body", "model_not_found", "openai_body"]
+__all__ = ["ApiError", "DisconnectedError", "busy", "describe", "error_body", "model_not_found", "openai_body"]
 
 _TYPES = {
     400: "invalid_request_error",
@@ -61,6 +61,10 @@ class ApiError(Exception):
     @property
     def type(self) -> str:
         return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+
+class DisconnectedError(Exception):
+    """The client has gone; nobody hears the answer."""
 
 
 def busy(message: str, seconds: float, *, code: str = "overloaded") -> ApiError:

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hanlin.serve.errors import ApiError, busy, error_body
+from hanlin.serve.errors import ApiError, busy, describe, error_body
 from hanlin.serve.keys import ANONYMOUS, Key, Rates
 from hanlin.serve.settings import ServeConfig
 
@@ -88,9 +88,16 @@ class Guard:
             length = headers.get("content-length", "0")
             if not length.isdigit() or int(length) > self.config.limits.body_bytes:
                 raise self._too_large()
+            if scope["method"] == "POST":  # whatever it is called, as `curl -d` calls it a form, it is read as JSON
+                MutableHeaders(scope=scope)["content-type"] = "application/json"
             await self.app(scope, await self._read(receive), sending)
-        except ApiError as error:
-            await JSONResponse(error_body(scope["path"], error), error.status, error.headers)(scope, receive, sending)
+        except Exception as error:
+            if status:  # the routes' own handler has answered and written the log; some frameworks raise all the same
+                return
+            answer = describe(error)
+            await JSONResponse(error_body(scope["path"], answer), answer.status, answer.headers)(
+                scope, receive, sending
+            )
         finally:
             log.info(
                 "%s %s key=%s %s %s %d %.3f s",

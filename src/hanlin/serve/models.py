@@ -117,6 +117,8 @@ class Models:
         if not name:
             return self.list[0], None
         found = self._names.get(name) or self._names.get(name.removesuffix(":latest"))
+        if found is None and self.config.any_model_name:
+            return self.list[0], None
         if found is None:
             raise model_not_found(name, self.names)
         return found

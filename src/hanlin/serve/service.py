@@ -34,7 +34,7 @@ class Service:
         self.config = config
         self.models = Models(config)
         self.rates = Rates()
-        self.observer = Observer()
+        self.observer = Observer(config, self.models, self.rates)
         self.started = time.time()
         self.conversations = Conversations()
         self.draining = False
@@ -76,6 +76,7 @@ class Service:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        self.observer.close()
         await self.models.close()
 
     async def _keep(self) -> None:

@@ -110,6 +110,7 @@ class ServeConfig:
         certificate, private_key: files for TLS.
         memory_budget: bytes that all loaded models may take; None is what the machine has free.
         keep_alive: seconds that a model stays loaded without being asked for; None is for ever.
+        any_model_name: requests for unknown models go to the first.
         adapter_directory: whose folders requests may load as LoRA adapters; None lets them load none.
         legacy_chatglm: ChatGLM-6B's own routes, `POST /` and `/chat` with `/get_response`.
         page: the chat page at `/`.
@@ -130,6 +131,7 @@ class ServeConfig:
     private_key: Path | None = None
     memory_budget: int | None = None
     keep_alive: float | None = None
+    any_model_name: bool = False
     adapter_directory: Path | None = None
     legacy_chatglm: bool = False
     page: bool = True

@@ -12,12 +12,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import PlainTextResponse, Response
 
+from hanlin.serve.body import JsonRoute
 from hanlin.serve.errors import ApiError
 from hanlin.serve.service import service_of
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(route_class=JsonRoute, tags=["adapters"])
 
 
 class LoadRequest(BaseModel):

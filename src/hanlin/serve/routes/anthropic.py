@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from hanlin.errors import RequestError
 from hanlin.serve.ask import Ask, arguments_of
+from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
 from hanlin.serve.errors import ApiError, error_body
 from hanlin.serve.service import service_of
@@ -21,7 +22,7 @@ from hanlin.types import Completion, Delta, ToolCall
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["anthropic"])
+router = APIRouter(route_class=JsonRoute, tags=["anthropic"])
 
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from hanlin import __version__
 from hanlin.serve.models import Served
@@ -36,6 +36,12 @@ async def ready(request: Request) -> JSONResponse:
 async def version() -> dict[str, str]:
     """The version of Hanlin."""
     return {"version": __version__}
+
+
+@router.get("/metrics", tags=["server"], response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(service_of(request).observer.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/v1/models", tags=["openai"])

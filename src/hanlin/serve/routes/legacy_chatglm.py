@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from hanlin.serve.ask import Ask
+from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
 from hanlin.serve.conversations import Conversation
 from hanlin.serve.errors import describe
@@ -24,7 +25,7 @@ from hanlin.serve.service import service_of
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["chatglm-6b"])
+router = APIRouter(route_class=JsonRoute, tags=["chatglm-6b"])
 
 _MAX_LENGTH, _TOP_P, _TEMPERATURE = 2048, 0.7, 0.95
 

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from hanlin import __version__
 from hanlin.errors import RequestError, problems
 from hanlin.serve.ask import Ask, arguments_of
+from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
 from hanlin.serve.errors import ApiError
 from hanlin.serve.models import Served
@@ -24,7 +25,7 @@ from hanlin.types import Completion, Delta, ToolCall
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/api", tags=["ollama"])
+router = APIRouter(route_class=JsonRoute, prefix="/api", tags=["ollama"])
 
 # Options with a meaning here, by the name of the sampling parameter. The others say how Ollama loads models.
 _OPTIONS = {

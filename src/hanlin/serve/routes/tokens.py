@@ -10,13 +10,14 @@ from pydantic import BaseModel, Field
 from hanlin.errors import RequestError
 from hanlin.requests import prompts_of
 from hanlin.serve.ask import Ask
+from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
 from hanlin.serve.service import service_of
 from hanlin.types import Score
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
 Prompt = str | list[int]
 
