@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from hanlin.kernels.native import Context, unavailable_reason
 from hanlin.kernels.packed_cache import PackedCache
 from hanlin.layers.rope import Rope, RopeConfig
 from hanlin.models.parts import HasParts
+from hanlin.models.registry import layout_of
 from hanlin.options import EngineConfig, free_memory
 from hanlin.requests import RequestBuilder, stop_ids_of
 from hanlin.types import ChatFormat, SamplingParams, Tokenizer
@@ -49,6 +50,7 @@ class Placement:
         cache: of packed weights on disk.
         lowering: the packed weights, once loaded.
         path: of the model.
+        prefix: a P-Tuning v2 checkpoint to lay over it.
         free: bytes of memory that could be taken before loading.
     """
 
@@ -60,6 +62,7 @@ class Placement:
     cache: PackedCache | None = None
     lowering: Lowering | None = None
     path: Path = Path()
+    prefix: Path | None = None
     free: int = 0
 
     def taker(self, model: nn.Module) -> Lowering:
@@ -136,6 +139,7 @@ def load(path: Path, placement: Placement, progress: Callable[[int, int], None] 
         progress=progress,
         taker=placement.taker if placement.context else None,
         admit=lambda source: check_memory(source, placement),
+        prefix=placement.prefix,
     )
 
 
@@ -190,6 +194,7 @@ def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuild
         stop_ids=frozenset(stop_ids_of(loaded.config, chat_format, loaded.description.generation)),
         defaults=_defaults(chat_format, loaded, path),
         adapters=Adapters(loaded.model),
+        layout=layout_of(loaded.config),
     )
 
 
@@ -221,7 +226,7 @@ def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: R
 
 
 def _runner(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: RopeConfig, blocks: int) -> Runner:
-    size = settings.cache_block_seq_len
+    size, context = settings.cache_block_seq_len, settings.session_len or _context(rope)
     if placement.lowering and not placement.lowering.sound():
         placement.lowering = None
         loaded = load(placement.path, placement)
@@ -235,7 +240,7 @@ def _runner(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: 
         blocks=blocks,
         block_size=size,
         kv_cache=placement.kv_cache,
-        max_tokens=settings.max_prefill_token_num,
+        max_tokens=max(settings.max_prefill_token_num, context if layout_of(loaded.config) else 0),
     )
 
 
@@ -305,14 +310,7 @@ def _rope(loaded: Loaded, settings: EngineConfig) -> RopeConfig:
     """The model's RoPE, with LMDeploy's `rope_scaling_factor` in place of its own scaling."""
     rope = loaded.config.rope
     if settings.rope_scaling_factor:
-        rope = RopeConfig(
-            dims=rope.dims,
-            base=rope.base,
-            max_positions=rope.max_positions,
-            kind="dynamic",
-            numbers={"factor": settings.rope_scaling_factor},
-            interleaved=rope.interleaved,
-        )
+        rope = replace(rope, kind="dynamic", numbers={"factor": settings.rope_scaling_factor})
         for module in loaded.model.modules():
             table = getattr(module, "rope", None)
             if isinstance(table, Rope):

@@ -51,6 +51,7 @@ def load(
     location = resolve(model, report=report)
     began = time.perf_counter()
     placement = assembly.place(settings)
+    placement.prefix = Path(settings.ptuning_checkpoint) if settings.ptuning_checkpoint else None
     loaded = assembly.load(location.path, placement, progress)
     llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
     try:

@@ -49,6 +49,7 @@ class EngineConfig:
         adapters: such directories by name, to be asked for by each request.
         packed_cache: keep packed weights of the native runner on disk, where later loads map them.
         threads: CPU threads; None leaves it to torch.
+        ptuning_checkpoint: a directory that P-Tuning v2 wrote (`pytorch_model.bin`), whose soft prefix the model gets.
         tp, use_logn_attn: must be 1 and False for now.
         model_format: None, "hf" or "gguf"; the files tell.
 
@@ -80,6 +81,7 @@ class EngineConfig:
     speculation: str = "auto"
     draft_model: str | None = None
     step_seconds: float = 0.25
+    ptuning_checkpoint: str | os.PathLike[str] | None = None
     tp: int = 1
     use_logn_attn: bool = False
     model_format: str | None = None

@@ -15,6 +15,7 @@ from hanlin.layers.rope import RopeConfig
 from hanlin.models.config import DecoderConfig
 from hanlin.replies import Deliver, Plain, Reply, ScoreSink
 from hanlin.types import ChatFormat, Message, SamplingParams, Tokenizer, Tool
+from hanlin.models.registry import Layout
 
 __all__ = ["Job", "RequestBuilder", "adapted", "conversations_of", "prompts_of", "tools_of"]
 
@@ -46,6 +47,7 @@ class RequestBuilder:
 
     tokenizer: Tokenizer
     config: DecoderConfig
+        layout: of a family that is not simply causal: see `hanlin.models.registry.Family`.
     rope: RopeConfig
     chat_format: ChatFormat | None
     no_chat: HanlinError | None
@@ -57,6 +59,8 @@ class RequestBuilder:
     def chat_jobs(
         self, messages: Any, sampling: SamplingParams | None, tools: Any, overrides: Mapping[str, Any]
     ) -> tuple[bool, list[Job]]:
+    grammars: Grammars | None = None
+    layout: Callable[[List[int]], Layout] | None = None
         """(whether a list is the natural answer, a job for each conversation)."""
         params, known = self.sampling(sampling, overrides), tools_of(tools)
         many, conversations = conversations_of(messages)
@@ -152,11 +156,12 @@ class RequestBuilder:
         return out
 
     def scored(
+                **self._laid_out(job.ids),
         self, prompts: Any, deliver: Callable[[Sequence | BaseException], None], adapter: str | None = None
     ) -> list[Sequence]:
         """Sequences whose given tokens are scored."""
         self._writes()
-        ids = [self.encode(prompt) for prompt in prompts_of(prompts)]
+        ids = [self._scored(prompt) for prompt in prompts_of(prompts)]
         return [self.looked_at(each, deliver, score=True, adapter=adapter) for each in ids]
 
     def judged(self, conversations: Any) -> list[tuple[int, ...]]:
@@ -167,6 +172,13 @@ class RequestBuilder:
         """
         end = self.config.reward_id
         if end is None:
+    def _scored(self, prompt: Any) -> tuple[int, ...]:
+        """Ids of a prompt to be scored. Text that would see itself both ways stands behind an empty context instead."""
+        if self.layout is None or not isinstance(prompt, str):
+            return self.encode(prompt)
+        encode = self.tokenizer.encode
+        return (*encode("", add_special=True), *encode(prompt, parse_special=True))
+
             raise RequestError(
                 "this model writes, it has no reward head; load a reward model, such as internlm2-1_8b-reward"
             )
@@ -207,8 +219,16 @@ class RequestBuilder:
         """
         if self.config.reward_id is not None:
             raise RequestError(
+            **self._laid_out(ids),
                 "this is a reward model, it judges conversations and writes nothing: use reward(), or load a chat model"
             )
+    def _laid_out(self, ids: tuple[int, ...]) -> dict[str, Any]:
+        """What is odd about the family, as a sequence carries it."""
+        if self.layout is None:
+            return {}
+        prefix, positions = self.layout(ids)
+        return {"prefix_len": prefix, "positions": positions}
+
 
     def _chat(self, conversation: List[Message], sampling: SamplingParams, tools: tuple[Tool, ...]) -> Job:
         if self.system_prompt and all(message.role != "system" for message in conversation):

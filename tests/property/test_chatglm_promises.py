@@ -56,8 +56,9 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     return model.head(model(torch.tensor(ids), places, attend))  # type: ignore[no-any-return]
 
 
-def test_engine_equals_recomputation(tiny: Any) -> None:
-    model, rng = tiny("chatglm"), np.random.default_rng(3)
+@pytest.mark.parametrize("soft", [0, 7, 32])
+def test_engine_equals_recomputation(tiny: Any, soft: int) -> None:
+    model, rng = tiny("chatglm", pre_seq_len=soft), np.random.default_rng(3)
     engine = engine_of(model, max_step_tokens=11)
     sampling = SamplingParams(temperature=0, max_tokens=12)
     mixed = [*prompts(rng, 1, 5, 16, 40), [3, MASK, 7, SOP], [GMASK, SOP, 5, 6, 7, 8] * 4]
@@ -73,9 +74,13 @@ def test_engine_equals_recomputation(tiny: Any) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("inner", [64, 72])
-def test_native_equals_torch(tiny: Any, inner: int) -> None:
-    model = tiny("chatglm", inner_hidden_size=inner)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"inner_hidden_size": 72}, {"pre_seq_len": 5}, {"pre_seq_len": 40, "prefix_projection": True}],
+    ids=["plain", "inner", "prefix", "projected"],
+)
+def test_native_equals_torch(tiny: Any, changes: dict[str, Any]) -> None:
+    model = tiny("chatglm", **changes)
     (prompt,) = prompts(np.random.default_rng(5), 50)
     ids = [*prompt, *range(40)]
     rows, answers = [], []
@@ -112,10 +117,8 @@ def schedules(draw: Any) -> dict[str, Any]:
         "max_sequences": draw(st.integers(1, 4)),
         "prefix_caching": draw(st.booleans()),
         "tight": draw(st.booleans()),
+        "soft": draw(st.sampled_from([0, 0, 5, 32])),
     }
-
-
-ALONE: Any = pytest.StashKey()
 
 
 @pytest.mark.parametrize("runner", ANY)
@@ -125,9 +128,9 @@ ALONE: Any = pytest.StashKey()
 @given(plan=schedules())
 def test_one_request_one_answer(tiny: Any, runner: str, plan: dict[str, Any]) -> None:
     dtype, make = RUNNERS[runner]
-    model = tiny("chatglm", dtype)
-    size = plan["block_size"]
-    longest = max(-(-(len(r["prompt"]) + r["sampling"].max_tokens) // size) for r in plan["requests"])
+    model = tiny("chatglm", dtype, pre_seq_len=plan["soft"])
+    size, soft = plan["block_size"], plan["soft"]
+    longest = max(-(-(soft + len(r["prompt"]) + r["sampling"].max_tokens) // size) for r in plan["requests"])
     limits = {name: plan[name] for name in ("max_step_tokens", "max_sequences", "prefix_caching")}
     engine = engine_of(model, longest if plan["tight"] else 400 // size, make, block_size=size, **limits)
     sequences = [request(r["prompt"], r["sampling"], model) for r in plan["requests"]]
@@ -148,8 +151,9 @@ def test_one_request_one_answer(tiny: Any, runner: str, plan: dict[str, Any]) ->
         assert answer(sequence) == answer(single)
 
 
-def test_a_prefix_is_shared_only_whole(tiny: Any) -> None:
-    model = tiny("chatglm")
+@pytest.mark.parametrize(("soft", "shared"), [(0, 32), (16, 32), (21, 27), (3, 29)])
+def test_a_prefix_is_shared_only_whole(tiny: Any, soft: int, shared: int) -> None:
+    model = tiny("chatglm", pre_seq_len=soft)
     engine = engine_of(model)
     sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=3)
     text = list(range(40))
@@ -159,5 +163,5 @@ def test_a_prefix_is_shared_only_whole(tiny: Any) -> None:
         engine.add(sequence)
         run(engine)
         got.append((sequence.cached, answer(sequence)))
-    assert [cached for cached, _ in got] == [0, 32, 0, 32]
+    assert [cached for cached, _ in got] == [0, shared, 0, shared]
     assert got[0] == (0, got[1][1])

@@ -27,6 +27,7 @@ class Batch:
         block_table: (S, most blocks) int32, padded with 0.
         prefix_lens: (S,) int32, keys that see each other both ways.
         rows: (R,) int32, the packed rows whose logits are wanted.
+        soft_slots: (N, P) int64, where the model's soft prefix goes of every sequence that begins.
         states: (N,) int32, those whose hidden states are wanted instead.
         adapters: (S,) of each sequence; empty when none has one.
     """
@@ -41,6 +42,7 @@ class Batch:
     prefix_lens: NDArray[np.int32]
     rows: NDArray[np.int32]
     states: NDArray[np.int32]
+    soft_slots: NDArray[np.int64]
     block_size: int
     adapters: tuple[Adapter | None, ...] = ()
 
@@ -51,6 +53,7 @@ class Batch:
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         ids: list[int] = []
         slots, positions, lengths = [], [], []
+        soft: list[NDArray[np.int64]] = []
         rows: list[NDArray[np.int64]] = []
         states: list[NDArray[np.int64]] = []
         table = np.zeros((len(scheduled), max(len(s.blocks) for s, _ in scheduled)), np.int32)
@@ -58,8 +61,9 @@ class Batch:
             first, last = sequence.computed, sequence.computed + count
             ids += sequence.tokens(first, last)
             table[index, : len(sequence.blocks)] = sequence.blocks
-            place = np.arange(first, last)
-            slots.append(table[index, place // block_size].astype(np.int64) * block_size + place % block_size)
+            slots.append(_slots(table[index], sequence.soft_len + first, sequence.soft_len + last, block_size))
+            if sequence.soft_len and not first:
+                soft.append(_slots(table[index], 0, sequence.soft_len, block_size))
             positions.append(sequence.positions(first, last))
             lengths.append(np.full(count, sequence.rope_length, np.int64))
             wanted = states if sequence.pool in ("last", "mean") else rows
@@ -74,14 +78,21 @@ class Batch:
             rope_lengths=rope if rope.any() else None,
             slots=np.concatenate(slots),
             query_start=starts,
-            context=np.asarray([s.computed + n for s, n in scheduled], np.int32),
+            context=np.asarray([s.soft_len + s.computed + n for s, n in scheduled], np.int32),
             block_table=table,
-            prefix_lens=np.asarray([s.prefix_len for s, _ in scheduled], np.int32),
+            prefix_lens=np.asarray([s.prefix_len and s.soft_len + s.prefix_len for s, _ in scheduled], np.int32),
+            soft_slots=np.stack(soft) if soft else np.zeros((0, 0), np.int64),
             rows=_joined(rows),
             states=_joined(states),
             block_size=block_size,
             adapters=tuple(s.adapter for s, _ in scheduled) if any(s.adapter for s, _ in scheduled) else (),
         )
+
+
+def _slots(blocks: NDArray[np.int32], first: int, last: int, size: int) -> NDArray[np.int64]:
+    """The slots of places first..last of a sequence."""
+    place = np.arange(first, last)
+    return blocks[place // size].astype(np.int64) * size + place % size
 
 
 def _joined(rows: list[NDArray[np.int64]]) -> NDArray[np.int32]:

@@ -40,14 +40,14 @@ class BlockManager:
 
     def need(self, sequence: Sequence, tokens: int) -> int:
         """How many more blocks `sequence` needs to hold its first `tokens` tokens."""
-        return max(0, -(-tokens // self.size) - len(sequence.blocks))
+        return max(0, -(-(sequence.soft_len + tokens) // self.size) - len(sequence.blocks))
 
     def find(self, sequence: Sequence) -> list[int]:
         """Computed blocks that hold the start of the sequence, at least one token of which is left to compute."""
         if not self.caching or sequence.needs_all:
             return []
         found = []
-        for index in range((len(sequence) - 1) // self.size):
+        for index in range((sequence.soft_len + len(sequence) - 1) // self.size):
             block = self._by_hash.get(self._chained(sequence, index))
             if block is None:
                 break
@@ -60,7 +60,7 @@ class BlockManager:
         for block in blocks:
             self._take(block)
         sequence.blocks = list(blocks)
-        sequence.computed = len(blocks) * self.size
+        sequence.computed = max(0, len(blocks) * self.size - sequence.soft_len)
         if not sequence.preemptions:  # later it would count what the sequence itself had computed
             sequence.cached = sequence.computed
 
@@ -81,9 +81,10 @@ class BlockManager:
         """Let others find the blocks that this sequence has filled by now."""
         if not self.caching:
             return
-        for index in range(len(sequence.hashes), sequence.computed // self.size):
+        full = (sequence.soft_len + sequence.computed) // self.size
+        for index in range(len(sequence.hashes), full):
             self._chained(sequence, index)
-        for index in range(sequence.computed // self.size):
+        for index in range(full):
             block, name = sequence.blocks[index], sequence.hashes[index]
             if self._hash[block] is None and name not in self._by_hash:
                 self._hash[block] = name
@@ -131,7 +132,7 @@ class BlockManager:
         """The name of the sequence's block `index`; kept in the sequence, for tokens never change."""
         names = sequence.hashes
         while len(names) <= index:
-            start = len(names) * self.size
+            start = len(names) * self.size - sequence.soft_len
             digest = hashlib.blake2b(key=self._key, digest_size=32)
             digest.update(names[-1] if names else self._root(sequence))
             digest.update(np.asarray(sequence.tokens(start, start + self.size), np.int64).tobytes())

@@ -9,7 +9,7 @@ import torch
 
 from hanlin.engine.batch import Batch
 from hanlin.engine.lowering import Block, Lowering, Slot
-from hanlin.engine.runner import Output
+from hanlin.engine.runner import Output, soft_prefix
 from hanlin.engine.sequence import Adapter
 from hanlin.kernels.kv import KVKind, KVPool, Layout, block_bytes
 from hanlin.kernels.lora import Piece
@@ -75,12 +75,17 @@ class NativeRunner:
             head_size=config.head_dim,
         )
         self.block_bytes = self._pool.block_bytes * config.num_layers
+        self._soft = [(k.float().contiguous(), v.float().contiguous()) for k, v in soft_prefix(lowering.parts)]
+        self.soft_len = len(self._soft[0][0]) if self._soft else 0
         self.program = _program(lowering, config, context, self._pool, rope)
         self.program.build(max_tokens)
 
     def run(self, batch: Batch) -> Output:
         lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths)
         rotation = self._rope(Positions(torch.from_numpy(batch.positions), lengths))
+        for slots in batch.soft_slots:
+            for layer, (k, v) in enumerate(self._soft):
+                self._pool.write(self._context, layer, slots, k, v)
         prefix = batch.prefix_lens if batch.prefix_lens.any() else None
         layout = Layout(
             query_start=batch.query_start, context=batch.context, block_table=batch.block_table, prefix_len=prefix

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from hanlin.engine.attend import KVPool, PagedAttend
 from hanlin.engine.batch import Batch
@@ -18,9 +18,10 @@ from hanlin.layers.invariant import make_invariant
 from hanlin.layers.lora import LowRank, RowAdapters, attach
 from hanlin.layers.rope import Positions
 from hanlin.models.config import DecoderConfig
+from hanlin.models.parts import HasParts, ModelParts
 from hanlin.models.registry import Decoder
 
-__all__ = ["Output", "Runner", "TorchRunner", "kv_bytes"]
+__all__ = ["Output", "Runner", "TorchRunner", "kv_bytes", "soft_prefix"]
 
 
 class Output(NamedTuple):
@@ -40,6 +41,7 @@ class Runner(Protocol):
     vocab_size: int
     weight_bytes: int
     block_bytes: int  # of one block in all layers
+    soft_len: int  # slots of the model's soft prefix, in front of every sequence's tokens
 
     def run(self, batch: Batch) -> Output:
         """Compute the batch's tokens."""
@@ -49,6 +51,12 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give the pool back."""
+
+
+@torch.inference_mode()
+def soft_prefix(parts: ModelParts) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (P, G, K) of the model's soft prefix in every layer; empty when it has none."""
+    return parts.prefix() if parts.prefix is not None else []
 
 
 def kv_bytes(config: DecoderConfig, itemsize: float) -> int:
@@ -72,6 +80,8 @@ class TorchRunner:
         if self.invariant:
             make_invariant(model)
         self._rows: RowAdapters | None = None
+        self._soft = soft_prefix(cast(HasParts, model).parts())
+        self.soft_len = len(self._soft[0][0]) if self._soft else 0
         self._pool = KVPool(
             layers=config.num_layers,
             blocks=blocks,
@@ -89,6 +99,9 @@ class TorchRunner:
         )
         lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths).to(self.device)
         attend = PagedAttend(self._pool, batch, slots, self.invariant)
+        for mine in torch.from_numpy(batch.soft_slots).to(self.device):
+            for layer, (k, v) in enumerate(self._soft):
+                self._pool.k[layer][mine], self._pool.v[layer][mine] = k, v
         owners = np.repeat(np.arange(len(batch.context)), np.diff(batch.query_start))
         self._tell(batch, owners)
         hidden = self._model(ids, Positions(places, lengths), attend)

@@ -101,6 +101,7 @@ class Sequence:
     seed: int = 0
     positions: PositionRule = arange_positions
     prefix_len: int = 0
+        soft_len: slots in front of its tokens that hold the model's soft prefix, which no token of it counts.
     rope_length: int = 0
     salt: bytes = b""
     adapter: Adapter | None = None
@@ -123,6 +124,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
     arrived: float = field(default_factory=time.perf_counter)
+    soft_len: int = 0
     started: float | None = None
     first_token: float | None = None
     finished: float | None = None

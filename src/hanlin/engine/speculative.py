@@ -129,7 +129,11 @@ class ModelDrafter:
         shadow = self._shadows.get(sequence)
         if shadow is None:
             shadow = Sequence(
-                prompt=sequence.prompt, sampling=sequence.sampling, sink=sequence.sink, positions=sequence.positions
+                prompt=sequence.prompt,
+                sampling=sequence.sampling,
+                sink=sequence.sink,
+                positions=sequence.positions,
+                prefix_len=sequence.prefix_len,
             )
             self._shadows[sequence] = shadow
         same = 0
@@ -148,7 +152,7 @@ class ModelDrafter:
             return False
         for _ in range(length):
             while True:
-                count = min(shadow.remaining, self._most)
+                count = max(min(shadow.remaining, self._most), shadow.prefix_len - shadow.computed)
                 logits = self._runner.run(Batch.build([(shadow, count)], self._size)).logits
                 shadow.computed += count
                 if not shadow.remaining:
