@@ -135,7 +135,7 @@ class BlockManager:
             start = len(names) * self.size - sequence.soft_len
             digest = hashlib.blake2b(key=self._key, digest_size=32)
             digest.update(names[-1] if names else self._root(sequence))
-            digest.update(np.asarray(sequence.tokens(start, start + self.size), np.int64).tobytes())
+            digest.update(np.asarray(sequence.tokens(max(0, start), max(0, start + self.size)), np.int64).tobytes())
             names.append(digest.digest())
         return names[index]
 

@@ -78,32 +78,6 @@ class Scheduler:
             chosen.append((newcomer, tokens))
             budget -= tokens
         assert chosen or self.idle or not any(s.ready() for s in self.waiting), "nobody can proceed"
-    def _shares(self, budget: int) -> dict[Sequence, int]:
-        """How many tokens of its prompt each sequence may compute: half of the budget for the oldest, the rest for the
-        shortest first. So a short prompt does not wait for the long ones before it, and no long one waits for ever.
-        """
-        places = max(0, self.max_sequences - len(self.running))
-        waiting = itertools.islice((s for s in self.waiting if s.ready()), places)
-        needs = {s: s.remaining for s in self.running if s.remaining > 1}
-        needs |= {s: len(s) - self.blocks.size * len(self.blocks.find(s)) for s in waiting}
-        if not needs or not budget:
-            return {}
-        oldest = next(iter(needs))
-        shares = {oldest: self._tokens(oldest, -(-budget // 2) if len(needs) > 1 else budget)}
-        if not shares[oldest]:  # a prefix that is computed in one step, or never
-            shares[oldest] = oldest.prefix_len - oldest.computed
-        left = budget - shares[oldest]
-        for sequence in sorted(needs, key=needs.__getitem__):
-            if left <= 0:
-                break
-            if sequence is oldest:
-                more = self._tokens(oldest, shares[oldest] + left)
-            else:
-                more = self._tokens(sequence, min(left, needs[sequence]))
-            left -= more - shares.get(sequence, 0)
-            shares[sequence] = more
-        return shares
-
         return chosen
 
     def _tokens(self, sequence: Sequence, budget: int) -> int:
