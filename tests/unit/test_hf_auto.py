@@ -41,7 +41,7 @@ def directory(made: Path) -> Iterator[Path]:
     ("auto", "expected"),
     [
         ("AutoConfig", hf.InternLM2Config),
-        ("AutoModel", hf.InternLM2Model),
+        ("AutoModel", hf.InternLM2ForCausalLM),  # as the released auto_map has it
         ("AutoModelForCausalLM", hf.InternLM2ForCausalLM),
         ("AutoModelForSequenceClassification", hf.InternLM2ForSequenceClassification),
     ],

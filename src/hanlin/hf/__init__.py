@@ -16,6 +16,7 @@ from hanlin.hf.internlm2 import (  # noqa: E402 - after the check, whose message
     FAMILY,
     InternLM2Config,
     InternLM2ForCausalLM,
+    InternLM2ForRewardModel,
     InternLM2ForSequenceClassification,
     InternLM2Model,
     InternLM2Tokenizer,
@@ -26,6 +27,7 @@ from hanlin.hf.register import register  # noqa: E402
 __all__ = [
     "InternLM2Config",
     "InternLM2ForCausalLM",
+    "InternLM2ForRewardModel",
     "InternLM2ForSequenceClassification",
     "InternLM2Model",
     "InternLM2Tokenizer",

@@ -20,7 +20,7 @@ from hanlin.hf.attend import CacheAttend
 from hanlin.layers.rope import Positions, Rope
 from hanlin.models.config import DecoderConfig
 
-__all__ = ["HanlinCausalLM", "HanlinConfig", "HanlinModel", "HanlinPreTrainedModel"]
+__all__ = ["HanlinCausalLM", "HanlinConfig", "HanlinModel", "HanlinPreTrainedModel", "plain_rope"]
 
 logger = logging.get_logger(__name__)
 
@@ -30,13 +30,28 @@ _CODE = ("auto_map", "custom_pipelines")
 _LENGTHS = "hanlin_rope_lengths"
 
 
+def plain_rope(
+    kwargs: dict[str, Any], theta: float, scaling: dict[str, Any] | None
+) -> tuple[float, dict[str, Any] | None]:
+    """`rope_theta` and `rope_scaling`, out of `rope_parameters` where Transformers 5 has written both as that."""
+    parameters = kwargs.pop("rope_parameters", None)
+    if isinstance(parameters, Mapping):
+        theta = parameters.get("rope_theta", theta)
+        rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        if scaling is None and rest.get("rope_type", "default") != "default":
+            scaling = rest
+    return theta, scaling
+
+
 class HanlinConfig(PreTrainedConfig):  # type: ignore[misc]
     """A released `config.json` under its own attribute names. Whatever names code to run is dropped as it is read."""
 
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer adds a list to it
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{key: value for key, value in kwargs.items() if key not in _CODE})
+        values = {key: value for key, value in kwargs.items() if key not in _CODE}
+        # AutoModel goes through the list, and stumbles over None.
+        super().__init__(**{**values, "architectures": values.get("architectures") or []})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

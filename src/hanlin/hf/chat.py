@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchEncoding, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from hanlin.chat.internlm2 import META_INSTRUCTION
 from hanlin.errors import RequestError
-from hanlin.types import ChatFormat, ReplyParser
+from hanlin.types import ChatFormat, Message, ReplyParser
 
-__all__ = ["History", "encode_prompt", "reply_text", "stream"]
+__all__ = ["CardChat", "History", "encode_prompt", "reply_text", "stream"]
 
 History = list[tuple[str, str]]
 
@@ -111,3 +113,86 @@ class _Abandoned(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self._abandoned.is_set(), device=input_ids.device)
+
+
+class CardChat:
+    """`chat` and `stream_chat` as InternLM's model cards have them, for a model that can `generate`."""
+
+    @abstractmethod
+    def chat_format(self, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        """How this model writes conversations."""
+
+    def build_inputs(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Sequence[tuple[str, str]] | None = (),
+        meta_instruction: str = "",
+    ) -> BatchEncoding:
+        """A conversation, ready for the assistant to go on, as ids and mask (1, S).
+
+        Special tokens stand as ids; what the query, the history and the instruction say stays text.
+        """
+        chat_format = self.chat_format(tokenizer)
+        if meta_instruction == META_INSTRUCTION and chat_format.default_system is None:
+            meta_instruction = ""  # the default of a signature; the format knows none
+        turns = [Message(role="system", content=meta_instruction)] if meta_instruction else []
+        for asked, answered in history or ():
+            turns += (Message(role="user", content=asked), Message(role="assistant", content=answered))
+        turns.append(Message(role="user", content=query))
+        ids = chat_format.render(turns).ids
+        return encode_prompt(ids, cast(Any, self).get_input_embeddings().weight.device)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Sequence[tuple[str, str]] | None = (),
+        streamer: BaseStreamer | None = None,
+        max_new_tokens: int = 1024,
+        do_sample: bool = True,
+        temperature: float = 0.8,
+        top_p: float = 0.8,
+        meta_instruction: str = META_INSTRUCTION,
+        **kwargs: Any,
+    ) -> tuple[str, History]:
+        """Answer a query: (response, history with this turn). `kwargs` go to `generate`."""
+        chat_format = self.chat_format(tokenizer)
+        inputs = self.build_inputs(tokenizer, query, history, meta_instruction)
+        options = _options(chat_format, max_new_tokens, do_sample, temperature, top_p, kwargs)
+        ids = cast(Any, self).generate(**inputs, streamer=streamer, **options)[0, inputs["input_ids"].shape[1] :]
+        response = reply_text(chat_format, ids.tolist())
+        return response, [*(history or ()), (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Sequence[tuple[str, str]] | None = (),
+        max_new_tokens: int = 1024,
+        do_sample: bool = True,
+        temperature: float = 0.8,
+        top_p: float = 0.8,
+        meta_instruction: str = META_INSTRUCTION,
+        **kwargs: Any,
+    ) -> Iterator[tuple[str, History]]:
+        """Answer a query piece by piece: ("", history), then (response so far, history with it)."""
+        chat_format = self.chat_format(tokenizer)
+        inputs = self.build_inputs(tokenizer, query, history, meta_instruction)
+        options = _options(chat_format, max_new_tokens, do_sample, temperature, top_p, kwargs)
+        return stream(self, chat_format, inputs, query, list(history or ()), **options)
+
+
+def _options(
+    chat_format: ChatFormat,
+    max_new_tokens: int,
+    do_sample: bool,
+    temperature: float,
+    top_p: float,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `generate` gets; greedy search takes no temperature, and Transformers warns about one."""
+    sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
+    stops = list(chat_format.stop_ids)
+    return {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "eos_token_id": stops, **sampling, **others}

@@ -34,26 +34,34 @@ _WHERE = "cache_dir force_download proxies token revision local_files_only subfo
 
 @dataclass(frozen=True, kw_only=True)
 class HFFamily:
-    """One family's classes for Transformers."""
+    """One family's classes for Transformers.
+
+    Attributes:
+        model: what `AutoModel` takes when a configuration names none of the others among its `architectures`.
+        others: classes beside `causal_lm` that it can name there; `AutoModel` follows the released files in that.
+        fast_tokenizer: None for a family that was released with a slow one alone.
+    """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
-    classifier: type[PreTrainedModel]
+    classifier: type[PreTrainedModel] | None = None
+    others: tuple[type[PreTrainedModel], ...] = ()
     slow_tokenizer: type[PreTrainedTokenizer]
-    fast_tokenizer: type[PreTrainedTokenizerFast]
+    fast_tokenizer: type[PreTrainedTokenizerFast] | None = None
 
     def has_tokenizer(self, name: object) -> bool:
-        return name in (self.slow_tokenizer.__name__, self.fast_tokenizer.__name__)
+        return name in [kind.__name__ for kind in (self.slow_tokenizer, self.fast_tokenizer) if kind]
 
 
 def register(*families: HFFamily) -> None:
     """Enter the families in the Auto classes; doing so again changes nothing."""
     for family in families:
         AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
-        AutoModel.register(family.config, family.model, exist_ok=True)
+        AutoModel.register(family.config, (family.model, family.causal_lm, *family.others), exist_ok=True)
         AutoModelForCausalLM.register(family.config, family.causal_lm, exist_ok=True)
-        AutoModelForSequenceClassification.register(family.config, family.classifier, exist_ok=True)
+        if family.classifier is not None:
+            AutoModelForSequenceClassification.register(family.config, family.classifier, exist_ok=True)
         AutoTokenizer.register(
             family.config,
             slow_tokenizer_class=family.slow_tokenizer,
@@ -74,8 +82,8 @@ def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> C
             return original(cls, pretrained_model_name_or_path, *inputs, **kwargs)
         for name in ("config", "trust_remote_code", "code_revision", "tokenizer_type"):
             kwargs.pop(name, None)
-        fast = kwargs.pop("use_fast", True) is not False
-        chosen = family.fast_tokenizer if fast else family.slow_tokenizer
+        fast = family.fast_tokenizer if kwargs.pop("use_fast", True) is not False else None
+        chosen = fast or family.slow_tokenizer
         return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
 
     from_pretrained.hanlin_families = families  # type: ignore[attr-defined]
