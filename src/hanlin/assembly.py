@@ -51,6 +51,7 @@ class Placement:
         lowering: the packed weights, once loaded.
         path: of the model.
         prefix: a P-Tuning v2 checkpoint to lay over it.
+        adapter: a LoRA adapter to merge into it.
         free: bytes of memory that could be taken before loading.
     """
 
@@ -63,6 +64,7 @@ class Placement:
     lowering: Lowering | None = None
     path: Path = Path()
     prefix: Path | None = None
+    adapter: Path | None = None
     free: int = 0
 
     def taker(self, model: nn.Module) -> Lowering:
@@ -140,6 +142,7 @@ def load(path: Path, placement: Placement, progress: Callable[[int, int], None] 
         taker=placement.taker if placement.context else None,
         admit=lambda source: check_memory(source, placement),
         prefix=placement.prefix,
+        adapter=placement.adapter,
     )
 
 

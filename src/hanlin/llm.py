@@ -52,6 +52,7 @@ def load(
     began = time.perf_counter()
     placement = assembly.place(settings)
     placement.prefix = Path(settings.ptuning_checkpoint) if settings.ptuning_checkpoint else None
+    placement.adapter = Path(settings.adapter) if settings.adapter is not None else None
     loaded = assembly.load(location.path, placement, progress)
     llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
     try:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hanlin.checkpoints.description import Description, describe_directory, describe_gguf
+from hanlin.checkpoints.merge import MergedSource
 from hanlin.checkpoints.names import IGNORED, Recipe, recipes
+from hanlin.checkpoints.peft import Base, read_peft
 from hanlin.checkpoints.prefix import open_prefix
 from hanlin.checkpoints.source import TensorSource, open_source
 from hanlin.errors import CheckpointError, problems
@@ -80,6 +82,7 @@ def load_model(
     taker: Callable[[nn.Module], Taker] | None = None,
     admit: Callable[[TensorSource], None] | None = None,
     prefix: Path | None = None,
+    adapter: Path | None = None,
 ) -> Loaded:
     """Load a model directory or a `.gguf` file; peak memory is the weights and one tensor.
 
@@ -88,6 +91,7 @@ def load_model(
         taker: given the model on the meta device, makes whoever takes parameters before the module does.
         admit: shown the files before anything is made of them; refuses them by raising.
         prefix: a P-Tuning v2 checkpoint whose soft prefix the model gets.
+        adapter: a directory with a LoRA adapter that is merged into the weights.
 
     Raises:
         CheckpointError: broken files, and every missing, unexpected or misshapen tensor at once.
@@ -110,6 +114,10 @@ def load_model(
         model = build(config, dtype=dtype)
         wanted = recipes(dict(model.named_parameters()), config, gguf=gguf, permuted=description.permuted)
         check(model, wanted, source)
+        if adapter is not None:
+            source = MergedSource(source, read_peft(adapter, Base.of(model)), wanted)
+            if admit:
+                admit(source)
         load_tensors(model, source, wanted, device=device, taker=taker and taker(model), progress=progress)
         return Loaded(model=model, config=config, description=description, metadata=dict(source.metadata))
 

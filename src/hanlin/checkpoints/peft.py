@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hanlin.checkpoints.base import fail, shown
 from hanlin.checkpoints.description import read_json
 from hanlin.checkpoints.source import TensorSource, open_source
+from hanlin.checkpoints.stored import StoredFile
 from hanlin.errors import CheckpointError, ModelNotFoundError
 from hanlin.layers.linear import Linear
 from hanlin.layers.lora import LowRank
@@ -110,6 +111,7 @@ def read_peft(path: str | os.PathLike[str], base: Base) -> PeftAdapter:
     if not path.is_dir():
         raise ModelNotFoundError(f"{path}: there is no such directory; an adapter is a directory with {CONFIG}")
     config = read_json(path / CONFIG)
+    state = _state(path / CONFIG)
     found = list(_refused(config))
     scaling = _Scaling.read(config, found)
     present = [name for name in WEIGHTS if (path / name).exists()]
@@ -126,8 +128,16 @@ def read_peft(path: str | os.PathLike[str], base: Base) -> PeftAdapter:
             path=path,
             additions=MappingProxyType(additions),
             tables=MappingProxyType({name: source.load(stored) for name, stored in tables.items()}),
-            files=MappingProxyType(source.state()),
+            files=MappingProxyType(source.state() | state),
         )
+
+
+def _state(path: Path) -> dict[str, tuple[int, ...]]:
+    file = StoredFile(path)
+    try:
+        return file.state()
+    finally:
+        file.close()
 
 
 def _remedy(config: Mapping[str, Any], halves: Mapping[str, object], base: Base) -> str:

@@ -80,6 +80,10 @@ def chat(
     session_len: Annotated[
         int | None, typer.Option(help="The longest conversation, in tokens.", rich_help_panel=_LOADING)
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A LoRA adapter to merge into the weights.", rich_help_panel=_LOADING),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_LOADING)] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="A chat format by name, instead of the model's.", rich_help_panel=_LOADING)
@@ -119,6 +123,7 @@ def chat(
         "weights": weights,
         "kv_cache": kv_cache,
         "session_len": session_len,
+        "adapter": adapter,
         "threads": threads,
         "chat_template": chat_template,
     }
