@@ -208,9 +208,11 @@ class Engine:
 
     def _score(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         start, sequence.computed = sequence.computed, sequence.computed + len(logits)
-        del sequence.prompt_logprobs[start:]  # a preempted sequence begins anew
+        del sequence.prompt_logprobs[start:], sequence.prompt_tops[start:]  # a preempted sequence begins anew
         for row, token in zip(logits, sequence.prompt[start + 1 :], strict=False):
-            sequence.prompt_logprobs.append(logprob_of(row, token, 0)[0])
+            logprob, top = logprob_of(row, token, sequence.sampling.logprobs or 0)
+            sequence.prompt_logprobs.append(logprob)
+            sequence.prompt_tops.append(top)
         if not sequence.remaining:
             self._finish(sequence, "length")
 

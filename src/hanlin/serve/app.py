@@ -16,7 +16,17 @@ from hanlin import __version__
 from hanlin.errors import HanlinError, problems
 from hanlin.serve.errors import ApiError, DisconnectedError, describe, error_body
 from hanlin.serve.guard import Guard
-from hanlin.serve.routes import adapters, anthropic, health, legacy_chatglm, ollama, openai_chat, page, tokens
+from hanlin.serve.routes import (
+    adapters,
+    anthropic,
+    health,
+    legacy_chatglm,
+    ollama,
+    openai_chat,
+    openai_completions,
+    page,
+    tokens,
+)
 from hanlin.serve.service import Service
 from hanlin.serve.settings import ServeConfig
 
@@ -24,7 +34,15 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("hanlin.serve")
 
-ROUTERS = (health.router, openai_chat.router, tokens.router, adapters.router, anthropic.router, ollama.router)
+ROUTERS = (
+    health.router,
+    openai_chat.router,
+    openai_completions.router,
+    tokens.router,
+    adapters.router,
+    anthropic.router,
+    ollama.router,
+)
 
 
 def create_app(config: ServeConfig) -> FastAPI:

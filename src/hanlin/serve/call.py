@@ -96,8 +96,7 @@ class Call:
         """
         sequences = sum(job.sampling.n for job in jobs)
         tokens = sum(len(job.ids) + job.sampling.n * (job.sampling.max_tokens or 0) for job in jobs)
-        entering = self.lease.admission.enter(self.key, sequences=sequences, tokens=tokens)
-        self._ticket = await self.while_connected(entering)
+        await self._enter(sequences, tokens)
         self._outcome = self.observer.began(self, jobs)
         self._running = self.lease.engine.start(jobs, stream=stream)
         return self._watched(self._running)
@@ -121,9 +120,13 @@ class Call:
         prompts: list[tuple[int, ...]],
         *,
         score: bool = False,
+        top: int = 0,
         pool: Literal["mean", "last", "value"] | None = None,
     ) -> list[Sequence]:
         """Have prompts scored or pooled, see `RequestBuilder.looked_at`; the finished sequences.
+
+        Args:
+            top: alternatives to each scored token.
 
         Raises:
             as `complete`.
@@ -140,12 +143,15 @@ class Call:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done.put_nowait, result)
 
-        sequences = [self.llm.requests.looked_at(ids, deliver, score=score, pool=pool) for ids in prompts]
+        sequences = [
+            self.llm.requests.looked_at(ids, deliver, score=score, pool=pool, adapter=self.lease.adapter)
+            for ids in prompts
+        ]
         for sequence in sequences:
             sequence.salt = self.key.salt
+            sequence.sampling = replace(sequence.sampling, logprobs=top)
             self.llm.engine.check(sequence)
-        entering = self.lease.admission.enter(self.key, sequences=len(sequences), tokens=sum(map(len, prompts)))
-        self._ticket = await self.while_connected(entering)
+        await self._enter(len(sequences), sum(map(len, prompts)))
 
         async def collect() -> None:
             for _ in sequences:
@@ -206,10 +212,19 @@ class Call:
         if self._outcome is not None:
             self.observer.ended(self, self._outcome, error)
             self._outcome = None
+        self._leave()
+        self.lease.release()
+
+    async def _enter(self, sequences: int, tokens: int) -> None:
+        """Wait for a place, giving back one that this request had for something else."""
+        self._leave()
+        entering = self.lease.admission.enter(self.key, sequences=sequences, tokens=tokens)
+        self._ticket = await self.while_connected(entering)
+
+    def _leave(self) -> None:
         if self._ticket is not None:
             self.lease.admission.leave(self._ticket)
             self._ticket = None
-        self.lease.release()
 
     async def _gone(self) -> None:
         if self._detached:

@@ -13,10 +13,10 @@ from hanlin.llm import LLM
 from hanlin.requests import Job
 from hanlin.serve.ask import Ask
 from hanlin.serve.body import JsonRoute
-from hanlin.serve.errors import ApiError
 from hanlin.serve.routes.openai_common import (
     Head,
     call_json,
+    constraint_of,
     finished,
     logprobs_json,
     salted,
@@ -59,17 +59,13 @@ def chat_jobs(llm: LLM, adapter: str | None, body: ChatBody) -> list[Job]:
     tools = body.known_tools()
     choice = body.choice()
     messages = body.conversation(tools)
-    try:
-        constraint = body.constraint()
-    except ValueError as error:
-        raise ApiError(400, str(error), param="response_format") from None
     ask = Ask(
         messages=messages,
         sampling={"max_tokens": llm.context_length, **body.overrides()},
         tools=None if choice == "none" else tools,
         tool_choice=None if choice == "none" else choice,
         parallel_tool_calls=None if body.parallel_tool_calls else body.parallel_tool_calls,
-        response_format=constraint,
+        response_format=constraint_of(body),
     )
     (job,) = ask.jobs(llm, adapter)
     return [_opened(llm, body, messages, job)]

@@ -94,9 +94,7 @@ class ChatBody(SamplingBody):
         return bool(self.functions) and not self.tools
 
     def check(self) -> None:
-        """Raises:
-        ApiError: fields that contradict each other.
-        """
+        super().check()
         if set(self.modalities or ["text"]) != {"text"}:
             raise ApiError(400, "modalities: this model writes text only", param="modalities")
         if self.top_logprobs and not self.logprobs:

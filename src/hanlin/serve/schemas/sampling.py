@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
+from pydantic import BaseModel, ConfigDict, Field
+
+from hanlin.errors import problems
+from hanlin.serve.errors import ApiError
 
 __all__ = ["Body", "SamplingBody", "StreamOptions"]
 
@@ -76,16 +78,14 @@ class SamplingBody(Body):
         "include_stop_str_in_output": "stop texts are never part of the reply",
     }
 
-    @model_validator(mode="after")
-    def _refuse(self) -> Self:
-        found = [
-            f"{name} is not supported: {reason}"
-            for name, reason in self.refused.items()
-            if getattr(self, name) not in (None, False, "", [], {})
-        ]
+    def check(self) -> None:
+        """Raises:
+        ApiError: fields that cannot be honoured, or that contradict each other.
+        """
+        found = [name for name in self.refused if getattr(self, name) not in (None, False, "", [], {})]
         if found:
-            raise ValueError("; ".join(found))
-        return self
+            message = problems("not supported", [f"{name}: {self.refused[name]}" for name in found])
+            raise ApiError(400, message, code="unsupported_parameter", param=found[0])
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that the request gives."""
