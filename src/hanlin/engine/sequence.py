@@ -80,10 +80,11 @@ class Sequence:
         bad_ids: id sequences that must not appear.
         seed: of the random numbers; one number is drawn for each (seed, place).
         positions: the family's rule; `prefix_len` first tokens see each other both ways and are computed in one step.
+        soft_len: slots in front of its tokens that hold the model's soft prefix, which no token of it counts.
         rope_length: what fixes dynamic RoPE, see `RopeConfig.dynamic_length`.
         salt: sequences share cached blocks only with equal salts.
         adapter: what the model adds for it, if anything.
-        score_prompt: report the log-probability of every prompt token, and `sampling.logprobs` alternatives to each.
+        score_prompt: report the log-probability of every prompt token.
         pool: generate nothing, but report in `pooled`, as float64: the last token's hidden state (D,), the mean of all
             tokens' (D,), or the value that the head of a reward model gives the last (1,).
         follows: start only after this one has computed its prompt, to find it in the cache.
@@ -101,7 +102,7 @@ class Sequence:
     seed: int = 0
     positions: PositionRule = arange_positions
     prefix_len: int = 0
-        soft_len: slots in front of its tokens that hold the model's soft prefix, which no token of it counts.
+    soft_len: int = 0
     rope_length: int = 0
     salt: bytes = b""
     adapter: Adapter | None = None
@@ -124,7 +125,6 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop: str | int | None = None
     arrived: float = field(default_factory=time.perf_counter)
-    soft_len: int = 0
     started: float | None = None
     first_token: float | None = None
     finished: float | None = None
@@ -135,7 +135,6 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
         """Known tokens that are not computed yet; 1 while decoding."""
         return len(self) - self.computed
 
