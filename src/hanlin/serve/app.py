@@ -24,6 +24,7 @@ from hanlin.serve.routes import (
     ollama,
     openai_chat,
     openai_completions,
+    openai_embeddings,
     page,
     tokens,
 )
@@ -38,6 +39,7 @@ ROUTERS = (
     health.router,
     openai_chat.router,
     openai_completions.router,
+    openai_embeddings.router,
     tokens.router,
     adapters.router,
     anthropic.router,

@@ -84,8 +84,7 @@ class Call:
         Raises:
             RequestError, ApiError: what is wrong with the request; nothing was started then.
         """
-        long = int(self.request.headers.get("content-length") or _SHORT + 1) > _SHORT
-        jobs = list(await asyncio.to_thread(make, self.llm) if long else make(self.llm))
+        jobs = list(await self._tokenised(lambda: make(self.llm)))
         return [self._checked(job, len(jobs)) for job in jobs]
 
     async def start(self, jobs: list[Job], *, stream: bool) -> AsyncGenerator[list[tuple[int, Delta]], None]:
@@ -170,7 +169,7 @@ class Call:
         self, texts: Any, *, pool: Literal["mean", "last"] = "mean", normalize: bool = True
     ) -> tuple[list[list[float]], int]:
         """Embeddings of texts or ids, see `LLM.embed`, and how many tokens they have."""
-        prompts = self.llm.requests.embedded(texts)
+        prompts = await self._tokenised(lambda: self.llm.requests.embedded(texts))
         rows = [s.pooled for s in await self.look(prompts, pool=pool) if s.pooled is not None]
         scales = [float(np.sqrt(np.square(row).sum())) or 1.0 if normalize else 1.0 for row in rows]
         found = [(row / scale).astype(np.float32).tolist() for row, scale in zip(rows, scales, strict=True)]
@@ -214,6 +213,10 @@ class Call:
             self._outcome = None
         self._leave()
         self.lease.release()
+
+    async def _tokenised(self, make: Callable[[], T]) -> T:
+        long = int(self.request.headers.get("content-length") or _SHORT + 1) > _SHORT
+        return await asyncio.to_thread(make) if long else make()
 
     async def _enter(self, sequences: int, tokens: int) -> None:
         """Wait for a place, giving back one that this request had for something else."""
