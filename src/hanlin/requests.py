@@ -13,9 +13,9 @@ from hanlin.engine.sequence import Sequence
 from hanlin.errors import ChatFormatError, HanlinError, RequestError
 from hanlin.layers.rope import RopeConfig
 from hanlin.models.config import DecoderConfig
+from hanlin.models.registry import Layout
 from hanlin.replies import Deliver, Plain, Reply, ScoreSink
 from hanlin.types import ChatFormat, Message, SamplingParams, Tokenizer, Tool
-from hanlin.models.registry import Layout
 
 __all__ = ["Job", "RequestBuilder", "adapted", "conversations_of", "prompts_of", "tools_of"]
 
@@ -43,11 +43,11 @@ class RequestBuilder:
         chat_format: None for a base model; `no_chat` then says why.
         system_prompt: put before conversations that have none; "" is none.
         stop_ids: that end any reply, unless `ignore_eos`.
+        layout: of a family that is not simply causal: see `hanlin.models.registry.Family`.
     """
 
     tokenizer: Tokenizer
     config: DecoderConfig
-        layout: of a family that is not simply causal: see `hanlin.models.registry.Family`.
     rope: RopeConfig
     chat_format: ChatFormat | None
     no_chat: HanlinError | None
@@ -55,12 +55,11 @@ class RequestBuilder:
     stop_ids: frozenset[int]
     defaults: SamplingParams
     adapters: Adapters
+    layout: Callable[[List[int]], Layout] | None = None
 
     def chat_jobs(
         self, messages: Any, sampling: SamplingParams | None, tools: Any, overrides: Mapping[str, Any]
     ) -> tuple[bool, list[Job]]:
-    grammars: Grammars | None = None
-    layout: Callable[[List[int]], Layout] | None = None
         """(whether a list is the natural answer, a job for each conversation)."""
         params, known = self.sampling(sampling, overrides), tools_of(tools)
         many, conversations = conversations_of(messages)
@@ -148,6 +147,7 @@ class RequestBuilder:
                 bad_ids=tuple(ids for ids in bad if ids),
                 seed=(seed & (2**64 - 1)) + (index << 64),
                 rope_length=self.rope.dynamic_length(len(job.ids)),
+                **self._laid_out(job.ids),
                 salt=job.salt,
                 adapter=adapter,
                 follows=out[0] if out else None,
@@ -156,13 +156,19 @@ class RequestBuilder:
         return out
 
     def scored(
-                **self._laid_out(job.ids),
         self, prompts: Any, deliver: Callable[[Sequence | BaseException], None], adapter: str | None = None
     ) -> list[Sequence]:
         """Sequences whose given tokens are scored."""
         self._writes()
         ids = [self._scored(prompt) for prompt in prompts_of(prompts)]
         return [self.looked_at(each, deliver, score=True, adapter=adapter) for each in ids]
+
+    def _scored(self, prompt: Any) -> tuple[int, ...]:
+        """Ids of a prompt to be scored. Text that would see itself both ways stands behind an empty context instead."""
+        if self.layout is None or not isinstance(prompt, str):
+            return self.encode(prompt)
+        encode = self.tokenizer.encode
+        return (*encode("", add_special=True), *encode(prompt, parse_special=True))
 
     def judged(self, conversations: Any) -> list[tuple[int, ...]]:
         """Conversations as a reward model reads them: without a system prompt of ours, closed by its own token.
@@ -172,13 +178,6 @@ class RequestBuilder:
         """
         end = self.config.reward_id
         if end is None:
-    def _scored(self, prompt: Any) -> tuple[int, ...]:
-        """Ids of a prompt to be scored. Text that would see itself both ways stands behind an empty context instead."""
-        if self.layout is None or not isinstance(prompt, str):
-            return self.encode(prompt)
-        encode = self.tokenizer.encode
-        return (*encode("", add_special=True), *encode(prompt, parse_special=True))
-
             raise RequestError(
                 "this model writes, it has no reward head; load a reward model, such as internlm2-1_8b-reward"
             )
@@ -211,17 +210,9 @@ class RequestBuilder:
             pool=pool,
             adapter=self.adapters.get(adapter),
             rope_length=self.rope.dynamic_length(len(ids)),
+            **self._laid_out(ids),
         )
 
-    def _writes(self) -> None:
-        """Raises:
-        RequestError: for a reward model.
-        """
-        if self.config.reward_id is not None:
-            raise RequestError(
-            **self._laid_out(ids),
-                "this is a reward model, it judges conversations and writes nothing: use reward(), or load a chat model"
-            )
     def _laid_out(self, ids: tuple[int, ...]) -> dict[str, Any]:
         """What is odd about the family, as a sequence carries it."""
         if self.layout is None:
@@ -229,6 +220,14 @@ class RequestBuilder:
         prefix, positions = self.layout(ids)
         return {"prefix_len": prefix, "positions": positions}
 
+    def _writes(self) -> None:
+        """Raises:
+        RequestError: for a reward model.
+        """
+        if self.config.reward_id is not None:
+            raise RequestError(
+                "this is a reward model, it judges conversations and writes nothing: use reward(), or load a chat model"
+            )
 
     def _chat(self, conversation: List[Message], sampling: SamplingParams, tools: tuple[Tool, ...]) -> Job:
         if self.system_prompt and all(message.role != "system" for message in conversation):
