@@ -62,6 +62,7 @@ RUNNERS = {
     "int4-kv4": (torch.float32, native("int4", "int4")),
 }
 KINDS = ["internlm2", "internlm2-bias", "internlm2-dynamic", "llama", "qwen2", "internlm", "internlm3"]
+KINDS += ["chatglm2", "chatglm2-32k", "glm"]
 RUNNER_PARAMS = [
     pytest.param(name, marks=[] if name.startswith("torch") else needs_native, id=name) for name in RUNNERS
 ]
@@ -210,7 +211,11 @@ def alone(model: Any, prompt: list[int], sampling: SamplingParams, make: Any = t
 @given(plan=schedules())
 def test_one_request_one_answer(tiny: Any, runner: str, plan: dict[str, Any]) -> None:
     dtype, make = RUNNERS[runner]
-    model = tiny("internlm2-dynamic", dtype)
+    check(tiny("internlm2-dynamic", dtype), make, plan)
+
+
+def check(model: Any, make: Any, plan: dict[str, Any]) -> None:
+    """Every request of a plan gets the answer that it gets alone."""
     size = plan["block_size"]
     longest = max(-(-(len(r["prompt"]) + r["sampling"].max_tokens) // size) for r in plan["requests"])
     engine = engine_of(
@@ -371,6 +376,28 @@ def test_guessing_saves_steps_and_changes_nothing(tiny: Any, sampling: SamplingP
     assert small._blocks.free < 64
     small.propose([])
     assert small._blocks.free == 64
+
+
+def test_a_short_prompt_overtakes_long_ones_and_none_starves(tiny: Any) -> None:
+    model = tiny("llama")
+    engine = engine_of(model, blocks=200, max_step_tokens=20)
+    sampling = SamplingParams(temperature=0, max_tokens=2)
+    long = [request(list(range(i, i + 60)), sampling, model) for i in range(6)]
+    for sequence in long:
+        engine.add(sequence)
+    engine.step()
+    for number in range(200):
+        if number % 2 == 0:  # short ones keep coming
+            short = request([number % 90] * 8, sampling, model)
+            engine.add(short)
+            engine.step()
+            assert short.generated, "a short prompt waited for long ones"
+        else:
+            engine.step()
+        engine.check_integrity()
+        if all(sequence.finish_reason for sequence in long):
+            break
+    assert number < 100, "long prompts starved"
 
 
 def test_prompts_give_way_to_decoding(tiny: Any) -> None:

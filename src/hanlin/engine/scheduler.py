@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 from hanlin.engine.blocks import BlockManager
@@ -49,42 +50,64 @@ class Scheduler:
     def schedule(self, prompt_tokens: int | None = None) -> Scheduled:
         """Choose the next step: running sequences, oldest first, then new ones as blocks and places allow.
 
-        While somebody decodes, all prompts together get `prompt_tokens` at most, so that he does not wait long.
+        All prompts together get `prompt_tokens` at most, so that nobody waits long for the next step.
         """
         chosen: Scheduled = []
         budget = self.max_step_tokens
         decoding = sum(s.remaining == 1 for s in self.running)
-        if decoding and prompt_tokens is not None:
+        if prompt_tokens is not None:
             budget = min(budget, decoding + max(1, prompt_tokens))
+        shares = self._shares(max(0, budget - decoding))
+        spare = budget - decoding - sum(shares.values())  # for guesses
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:  # preempted for an older one just now
                 continue
             one = sequence.remaining == 1
-            decoding -= one
-            # a long prompt leaves room for the younger ones that only decode
-            tokens = self._tokens(sequence, budget if one else budget - decoding)
+            tokens = min(1, budget) if one else shares.get(sequence, 0)
             if tokens and self._make_room(sequence, sequence.computed + tokens, chosen):
                 budget -= tokens
                 if one:
-                    guesses = self._guesses(sequence, budget - decoding)
-                    budget -= guesses
+                    guesses = self._guesses(sequence, spare)
+                    spare -= guesses
                     tokens += guesses
                 chosen.append((sequence, tokens))
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            newcomer = next((s for s in self.waiting if s.ready()), None)
-            if newcomer is None or not self._admit(newcomer, budget):
-                break
-            tokens = self._tokens(newcomer, budget)
-            chosen.append((newcomer, tokens))
-            budget -= tokens
+        for newcomer in [s for s in self.waiting if shares.get(s, 0)]:
+            if len(self.running) >= self.max_sequences or not self._admit(newcomer, shares[newcomer]):
+                break  # nobody overtakes one who waits for blocks
+            chosen.append((newcomer, self._tokens(newcomer, shares[newcomer])))
         assert chosen or self.idle or not any(s.ready() for s in self.waiting), "nobody can proceed"
         return chosen
+
+    def _shares(self, budget: int) -> dict[Sequence, int]:
+        """How many tokens of its prompt each sequence may compute: half of the budget for the oldest, the rest for the
+        shortest first. So a short prompt does not wait for the long ones before it, and no long one waits for ever.
+        """
+        places = max(0, self.max_sequences - len(self.running))
+        waiting = itertools.islice((s for s in self.waiting if s.ready()), places)
+        needs = {s: s.remaining for s in self.running if s.remaining > 1}
+        needs |= {s: len(s) - self.blocks.size * len(self.blocks.find(s)) for s in waiting}
+        if not needs or not budget:
+            return {}
+        oldest = next(iter(needs))
+        shares = {oldest: self._tokens(oldest, -(-budget // 2) if len(needs) > 1 else budget)}
+        if not shares[oldest]:  # a prefix that is computed in one step, or never
+            shares[oldest] = oldest.prefix_len - oldest.computed
+        left = budget - shares[oldest]
+        for sequence in sorted(needs, key=needs.__getitem__):
+            if left <= 0:
+                break
+            if sequence is oldest:
+                more = self._tokens(oldest, shares[oldest] + left)
+            else:
+                more = self._tokens(sequence, min(left, needs[sequence]))
+            left -= more - shares.get(sequence, 0)
+            shares[sequence] = more
+        return shares
 
     def _tokens(self, sequence: Sequence, budget: int) -> int:
         whole = max(0, sequence.prefix_len - sequence.computed)
         if whole > budget:
-            # A prefix longer than any step's budget is computed alone rather than never.
-            return whole if budget == self.max_step_tokens else 0
+            return 0
         limit = min(budget, _SCORED_ROWS) if sequence.score_prompt else budget
         return max(whole, min(sequence.remaining, limit))
 

@@ -20,6 +20,9 @@ __all__ = ["Lease", "Models", "Progress", "Served"]
 
 log = logging.getLogger("hanlin.serve")
 
+# Others wait for a step's end, and a newcomer's first token for half a step more.
+_STEP_SECONDS = 0.05
+
 Progress = Callable[[int, int], None]
 
 
@@ -197,7 +200,7 @@ class Models:
 
     async def _load(self, served: Served, progress: Progress | None = None) -> None:
         async with self._room:
-            options = dict(served.spec.options)
+            options = {"step_seconds": _STEP_SECONDS, **served.spec.options}
             if served.spec.adapters:
                 options["adapters"] = dict(served.spec.adapters)
             budget = self.config.memory_budget
