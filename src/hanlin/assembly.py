@@ -20,6 +20,7 @@ from hanlin.engine.native import NativeRunner, native_block_bytes
 from hanlin.engine.runner import Runner, TorchRunner, kv_bytes
 from hanlin.engine.speculative import Drafter, ModelDrafter, PromptLookup
 from hanlin.errors import CapacityError, ChatFormatError, ConfigError, RequestError
+from hanlin.guide import Grammars
 from hanlin.kernels.native import Context, unavailable_reason
 from hanlin.kernels.packed_cache import PackedCache
 from hanlin.layers.rope import Rope, RopeConfig
@@ -197,8 +198,15 @@ def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuild
         stop_ids=frozenset(stop_ids_of(loaded.config, chat_format, loaded.description.generation)),
         defaults=_defaults(chat_format, loaded, path),
         adapters=Adapters(loaded.model),
+        grammars=_grammars(tokenizer, loaded.config.vocab_size),
         layout=layout_of(loaded.config),
     )
+
+
+def _grammars(tokenizer: Tokenizer, size: int) -> Grammars | None:
+    from hanlin.tokenizers.base import BaseTokenizer
+
+    return Grammars(tokenizer.table, tokenizer.encode, size) if isinstance(tokenizer, BaseTokenizer) else None
 
 
 def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: RopeConfig) -> Engine:

@@ -11,7 +11,7 @@ from typing import Any
 from hanlin.errors import ConfigError, problems
 from hanlin.llm import LLM, load
 from hanlin.options import EngineConfig
-from hanlin.types import Completion, SamplingParams
+from hanlin.types import Completion, Constraint, SamplingParams
 
 __all__ = [
     "ChatTemplateConfig",
@@ -32,7 +32,7 @@ class GenerationConfig:
     """How to choose tokens, under LMDeploy's names and with its defaults; `do_sample=False` is greedy.
 
     Raises:
-        ConfigError: for what is asked for and not done here (constrained formats, processors, raw logits).
+        ConfigError: for what is asked for and not done here (processors, raw logits).
     """
 
     n: int = 1
@@ -60,7 +60,7 @@ class GenerationConfig:
     return_ppl: bool = False
 
     def __post_init__(self) -> None:
-        missing = ("response_format", "logits_processors", "output_logits", "output_last_hidden_state", "return_ppl")
+        missing = ("logits_processors", "output_logits", "output_last_hidden_state", "return_ppl")
         found = [f"{name} = {getattr(self, name)!r} is not supported" for name in missing if getattr(self, name)]
         if found:
             raise ConfigError(problems("GenerationConfig", found))
@@ -88,6 +88,7 @@ class GenerationConfig:
             logit_bias=dict.fromkeys(self.bad_token_ids or (), -1e6),
             logprobs=self.logprobs,
             skip_special_tokens=self.skip_special_tokens,
+            constraint=Constraint.parse(self.response_format),
         )
 
 

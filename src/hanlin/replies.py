@@ -71,7 +71,10 @@ class StopTexts:
 
 
 class Reply:
-    """The `Sink` of one sequence. Delivers a Delta a token when streaming, and always one that is `done`."""
+    """The `Sink` of one sequence. Delivers a Delta a token when streaming, and always one that is `done`.
+
+    With `one_call` the reply ends behind its first tool call.
+    """
 
     def __init__(
         self,
@@ -84,10 +87,11 @@ class Reply:
         index: int,
         stream: bool,
         deliver: Deliver,
+        one_call: bool = False,
     ) -> None:
         self._tokenizer, self._parser, self._sampling = tokenizer, parser, sampling
         self._stop_ids, self._seed, self._index = stop_ids, seed, index
-        self._stream, self._deliver = stream, deliver
+        self._stream, self._deliver, self._one_call = stream, deliver, one_call
         self._stops = StopTexts(sampling.stop)
         self._text: list[str] = []
         self._calls: list[ToolCall] = []
@@ -105,7 +109,7 @@ class Reply:
             self._logprobs += logprobs
         if self._stream:
             self._deliver(Delta(text=text, ids=(sampled.id,), tool_calls=calls, logprobs=logprobs, index=self._index))
-        return self._stops.found
+        return "" if self._one_call and self._calls else self._stops.found
 
     def finish(self, sequence: Sequence) -> None:
         text, calls = "", tuple[ToolCall, ...]()
@@ -123,7 +127,8 @@ class Reply:
         text, calls = "", []
         for event in events:
             text += self._stops.push(event.text, search=self._count >= self._sampling.min_tokens)
-            if event.tool_call is not None and self._stops.found is None:
+            full = self._one_call and (self._calls or calls)
+            if event.tool_call is not None and self._stops.found is None and not full:
                 calls.append(event.tool_call)
         self._text.append(text)
         self._calls += calls
@@ -157,7 +162,7 @@ class Reply:
             timings=Timings(queue=started - sequence.arrived, prompt=first - started, generation=end - first),
             seed=self._seed,
             index=self._index,
-            stop=sequence.stop,
+            stop=None if sequence.stop == "" else sequence.stop,
         )
 
 

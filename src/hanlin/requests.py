@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hanlin.adapters import Adapters
+from hanlin.calls import Calls
 from hanlin.engine.sequence import Sequence
 from hanlin.errors import ChatFormatError, HanlinError, RequestError
+from hanlin.guide import Grammar, Grammars
 from hanlin.layers.rope import RopeConfig
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import Layout
 from hanlin.replies import Deliver, Plain, Reply, ScoreSink
-from hanlin.types import ChatFormat, Message, SamplingParams, Tokenizer, Tool
+from hanlin.types import ChatFormat, Constraint, Message, SamplingParams, Tokenizer, Tool
 
 __all__ = ["Job", "RequestBuilder", "adapted", "conversations_of", "prompts_of", "tools_of"]
 
@@ -33,6 +35,8 @@ class Job:
     adapter: str | None = None
     chat: bool = False
     tools: tuple[Tool, ...] = ()
+    one_call: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +59,22 @@ class RequestBuilder:
     stop_ids: frozenset[int]
     defaults: SamplingParams
     adapters: Adapters
+    grammars: Grammars | None = None
     layout: Callable[[List[int]], Layout] | None = None
 
     def chat_jobs(
         self, messages: Any, sampling: SamplingParams | None, tools: Any, overrides: Mapping[str, Any]
     ) -> tuple[bool, list[Job]]:
         """(whether a list is the natural answer, a job for each conversation)."""
-        params, known = self.sampling(sampling, overrides), tools_of(tools)
+        calls, rest = Calls.take(tools_of(tools), overrides)
+        params = self.sampling(sampling, rest)
         many, conversations = conversations_of(messages)
-        return many or params.n > 1, [self._chat(c, params, known) for c in conversations]
+        return many or params.n > 1, [self._chat(c, params, calls) for c in conversations]
 
     def prompt_jobs(self, prompts: Any, sampling: SamplingParams | None, overrides: Mapping[str, Any]) -> list[Job]:
         """A job for each prompt."""
         params = self.sampling(sampling, overrides)
-        return [Job(ids=self.encode(prompt), sampling=params) for prompt in prompts_of(prompts)]
+        return [self._prompt(prompt, params) for prompt in prompts_of(prompts)]
 
     def stream_job(
         self, messages: Any, sampling: SamplingParams | None, tools: Any, prompt: Any, overrides: Mapping[str, Any]
@@ -77,11 +83,12 @@ class RequestBuilder:
         if (messages is None) == (prompt is None):
             raise RequestError("stream needs either messages or prompt=")
         if prompt is not None:
-            return Job(ids=self.encode(prompt), sampling=self.sampling(sampling, overrides))
+            return self._prompt(prompt, self.sampling(sampling, overrides))
         many, conversations = conversations_of(messages)
         if many:
             raise RequestError("stream takes one conversation; use chat for a list of them")
-        return self._chat(conversations[0], self.sampling(sampling, overrides), tools_of(tools))
+        calls, rest = Calls.take(tools_of(tools), overrides)
+        return self._chat(conversations[0], self.sampling(sampling, rest), calls)
 
     def sampling(self, given: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
         """Raises:
@@ -89,7 +96,7 @@ class RequestBuilder:
         """
         self._writes()
         params = given or self.defaults
-        params = params.override(**overrides) if overrides else params
+        params = params.override(**Constraint.take(overrides)) if overrides else params
         found = [
             f"{name} holds id {token}, the vocabulary ends at {self.config.vocab_size - 1}"
             for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias))
@@ -138,6 +145,7 @@ class RequestBuilder:
                 index=index,
                 stream=stream,
                 deliver=deliver,
+                one_call=job.one_call,
             )
             sequence = Sequence(
                 prompt=job.ids,
@@ -145,6 +153,7 @@ class RequestBuilder:
                 sink=reply,
                 stop_ids=stop_ids,
                 bad_ids=tuple(ids for ids in bad if ids),
+                guide=job.grammar.matcher() if job.grammar else None,
                 seed=(seed & (2**64 - 1)) + (index << 64),
                 rope_length=self.rope.dynamic_length(len(job.ids)),
                 **self._laid_out(job.ids),
@@ -229,10 +238,27 @@ class RequestBuilder:
                 "this is a reward model, it judges conversations and writes nothing: use reward(), or load a chat model"
             )
 
-    def _chat(self, conversation: List[Message], sampling: SamplingParams, tools: tuple[Tool, ...]) -> Job:
+    def _prompt(self, prompt: Any, sampling: SamplingParams) -> Job:
+        return Job(ids=self.encode(prompt), sampling=sampling, grammar=self._grammar(sampling.constraint, sampling.n))
+
+    def _grammar(self, constraint: Constraint | None, count: int) -> Grammar | None:
+        if constraint is None:
+            return None
+        if self.grammars is None:
+            raise RequestError("replies of this model cannot be constrained: its tokenizer has no table of its texts")
+        return self.grammars.compile(constraint, count)
+
+    def _chat(self, conversation: List[Message], sampling: SamplingParams, calls: Calls) -> Job:
         if self.system_prompt and all(message.role != "system" for message in conversation):
             conversation = [Message(role="system", content=self.system_prompt), *conversation]
-        return Job(ids=self.format().render(conversation, tools).ids, sampling=sampling, chat=True, tools=tools)
+        return Job(
+            ids=self.format().render(conversation, calls.tools).ids,
+            sampling=sampling,
+            chat=True,
+            tools=calls.tools,
+            one_call=not calls.parallel,
+            grammar=self._grammar(calls.constraint(self.format(), sampling.constraint), sampling.n),
+        )
 
 
 def adapted(jobs: list[Job], adapter: str | None) -> list[Job]:

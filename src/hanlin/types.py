@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from hanlin.constraint import Constraint
 from hanlin.errors import RequestError, problems
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "ChatFormat",
     "ChatModel",
     "Completion",
+    "Constraint",
     "Delta",
     "Detokenizer",
     "FinishReason",
+    "GuidesCalls",
     "Message",
     "Messages",
     "Rendered",
@@ -199,6 +202,7 @@ class SamplingParams:
         seed: None draws one, which the completion reports; the same seed gives the same reply.
         logprobs: None, or how many alternatives to report beside each chosen token.
         skip_special_tokens: leave special tokens out of the text.
+        constraint: what the reply must look like; nothing above lifts it.
 
     Raises:
         RequestError: naming every impossible value at once.
@@ -222,6 +226,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words", "stop_token_ids"):
@@ -266,6 +271,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 yield f"{name} must be true or false, not {getattr(self, name)!r}"
+        if not isinstance(self.constraint, Constraint | None):
+            yield f"constraint must be a Constraint, not {type(self.constraint).__name__}"
         bias: object = self.logit_bias
         if not isinstance(bias, Mapping):
             yield f"logit_bias must map ids to numbers, not {type(bias).__name__}"
@@ -481,6 +488,15 @@ class ChatFormat(Protocol):
         """
 
     def parser(self, tools: Sequence[Tool] = (), *, skip_special: bool = True) -> ReplyParser: ...
+
+
+@runtime_checkable
+class GuidesCalls(Protocol):
+    """A chat format that can say how a call is written."""
+
+    def tool_grammar(self, tools: Sequence[Tool], names: Sequence[str], *, parallel: bool) -> str:
+        """The grammar (Lark, llguidance's dialect) of a reply that calls one of the tools so named, or, when
+        `parallel`, one or more."""
 
 
 class TokenModel(Protocol):

@@ -16,7 +16,9 @@ import hanlin
 
 PACKAGE = Path(hanlin.__file__).parent
 ROOMS = {
-    "types": {"errors"},
+    "types": {"errors", "constraint"},
+    "constraint": {"errors"},
+    "guide": {"types", "errors"},
     "errors": set(),
     "options": {"errors"},
     "tokenizers": {"types", "errors"},
@@ -32,8 +34,8 @@ ROOMS = {
     "serve": {"llm", "aio", "requests", "engine", "chat", "hub", "types", "errors"},
 }
 # The facade's own files may import every room below them, and each other.
-FACADE = {"__init__", "adapters", "llm", "aio", "judging", "assembly", "replies", "requests", "lmdeploy"}
-NO_TORCH = ("types", "errors", "options", "tokenizers", "chat", "hub", "kernels")
+FACADE = {"__init__", "adapters", "llm", "aio", "judging", "assembly", "calls", "replies", "requests", "lmdeploy"}
+NO_TORCH = ("types", "errors", "options", "constraint", "guide", "tokenizers", "chat", "hub", "kernels")
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from hanlin.chat.base import Writer, checked, special_ids
 from hanlin.chat.reply import TaggedParser, TextParser
-from hanlin.chat.tools import interpreter_names, plain_messages
+from hanlin.chat.tools import interpreter_names, plain_messages, tagged_grammar
 from hanlin.types import Message, Rendered, ReplyParser, SamplingParams, Tokenizer, Tool
 
 __all__ = ["ChatMLFormat"]
@@ -50,6 +50,10 @@ class ChatMLFormat:
         return TaggedParser(
             self._tokenizer, self.stop_ids, skip_special=skip_special, interpreters=interpreter_names(tools)
         )
+
+    def tool_grammar(self, tools: Sequence[Tool], names: Sequence[str], *, parallel: bool) -> str:
+        """See `GuidesCalls`."""
+        return tagged_grammar(self._tokenizer, tools, names, parallel=parallel)
 
     def _write(self, messages: Iterable[Message], tools: Sequence[Tool], generation_prompt: bool) -> Writer:
         turns = checked(messages, self.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from hanlin.chat.base import Writer, checked, special_ids
 from hanlin.chat.reply import TextParser, parse_calls
-from hanlin.chat.tools import call_arguments, tool_spec
+from hanlin.chat.tools import call_arguments, call_schema, tool_spec
 from hanlin.types import Message, Rendered, ReplyParser, SamplingParams, Tokenizer, Tool, ToolCall
 
 __all__ = ["INTERPRETER_PROMPT", "META_INSTRUCTION", "SPECIALS", "InternLM2Format"]
@@ -98,6 +98,21 @@ class InternLM2Format:
             return TextParser(self._tokenizer, self.stop_ids, skip_special=skip_special)
         interpreter = next((tool.name for tool in tools if tool.kind == "interpreter"), "interpreter")
         return _ActionParser(self._tokenizer, self.stop_ids, self._ids, interpreter, skip_special=skip_special)
+
+    def tool_grammar(self, tools: Sequence[Tool], names: Sequence[str], *, parallel: bool) -> str:
+        """See `GuidesCalls`."""
+        ids = {piece: f"<[{token}]>" for piece, token in self._ids.items()}
+        chosen = [tool for tool in tools if tool.name in names]
+        plugins = [tool for tool in chosen if tool.kind == "function"]
+        kinds, rules = [], ""
+        if plugins:
+            kinds.append(rf'{ids[PLUGIN]} "\n" plugin')
+            rules += f"plugin: %json {call_schema(plugins, 'parameters')}\n"
+        if len(plugins) < len(chosen):
+            kinds.append(rf'{ids[INTERPRETER]} "\n{FENCE}python\n" code')
+            rules += rf"code[lazy]: /(?s:.+)\n{FENCE}/" + "\n"
+        call = f"call: {ids[ACTION]} ({' | '.join(kinds)}) {ids[ACTION_END]}\n"
+        return f"start: call{'+' if parallel else ''}\n{call}{rules}"
 
     def _turn(self, writer: Writer, turn: Message, calls: Sequence[ToolCall], *, leave_open: bool) -> bool:
         """Write a turn; True when it was left open."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from hanlin.chat.base import Writer, checked
 from hanlin.chat.reply import TaggedParser, TextParser
 from hanlin.chat.sandbox import Sandbox
-from hanlin.chat.tools import interpreter_names, plain_messages, tool_spec
+from hanlin.chat.tools import interpreter_names, plain_messages, tagged_grammar, tool_spec
 from hanlin.errors import ChatFormatError
 from hanlin.types import Message, Rendered, ReplyParser, SamplingParams, Tokenizer, Tool, ToolCall
 
@@ -129,6 +129,10 @@ class TemplateFormat:
         return TaggedParser(
             self._tokenizer, self.stop_ids, skip_special=skip_special, interpreters=interpreter_names(tools)
         )
+
+    def tool_grammar(self, tools: Sequence[Tool], names: Sequence[str], *, parallel: bool) -> str:
+        """See `GuidesCalls`."""
+        return tagged_grammar(self._tokenizer, tools, names, parallel=parallel)
 
     def _print(self, turns: Sequence[Message], tools: Sequence[Tool], leaf: Leaf, prompted: bool) -> str:
         return print_template(self._sandbox, self._tokenizer, turns, tools, leaf=leaf, generation_prompt=prompted)

@@ -14,16 +14,17 @@ function whose one argument is `code`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hanlin.chat.reply import CLOSE, OPEN, arguments_object
 from hanlin.errors import ChatFormatError
-from hanlin.types import Message, Tool, ToolCall
+from hanlin.types import Message, Tokenizer, Tool, ToolCall
 
-__all__ = ["call_arguments", "interpreter_names", "plain_messages", "tool_spec"]
+__all__ = ["call_arguments", "call_schema", "interpreter_names", "plain_messages", "tagged_grammar", "tool_spec"]
 
+_CLOSED = {"additionalProperties": False}
 CODE_SCHEMA = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
 
 
@@ -74,6 +75,41 @@ def call_arguments(call: ToolCall) -> dict[str, Any]:
     if arguments is None:
         raise ChatFormatError(f"tool call {call.name!r}: arguments must be a JSON object, not {call.arguments[:80]!r}")
     return arguments
+
+
+def tagged_grammar(tokenizer: Tokenizer, tools: Sequence[Tool], names: Sequence[str], *, parallel: bool) -> str:
+    """See `GuidesCalls.tool_grammar`, for the protocol above. Tags that are special tokens are written as such."""
+    tags = []
+    for tag in (OPEN, CLOSE):
+        token = tokenizer.token_id(tag)
+        tags.append(f"<[{token}]>" if token in tokenizer.special_ids else json.dumps(tag))
+    start = r'call ("\n" call)*' if parallel else "call"
+    schema = call_schema([tool for tool in tools if tool.name in names], "arguments")
+    return f"start: {start}\n" + rf'call: {tags[0]} "\n" body "\n" {tags[1]}' + f"\nbody: %json {schema}\n"
+
+
+def call_schema(tools: Sequence[Tool], arguments: str) -> str:
+    """JSON text of a schema of `{"name": ..., <arguments>: {...}}`, a call of one of the tools, spaced as usual."""
+    definitions, calls = {}, []
+    for index, tool in enumerate(tools):
+        place = f"#/$defs/{index}"
+        spec = tool_spec(tool)["parameters"] or {"properties": {}, "additionalProperties": False}
+        definitions[str(index)] = {"type": "object", **_moved(spec, place)}
+        properties = {"name": {"const": tool.name}, arguments: {"$ref": place}}
+        calls.append({"type": "object", "properties": properties, "required": list(properties), **_CLOSED})
+    spacing = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return json.dumps({"x-guidance": spacing, "anyOf": calls, "$defs": definitions}, ensure_ascii=False)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references into itself still hold when it stands at `place` of another."""
+    if isinstance(schema, Mapping):
+        moved = {key: _moved(value, place) for key, value in schema.items()}
+        reference = moved.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            moved["$ref"] = place + reference[1:]
+        return moved
+    return [_moved(value, place) for value in schema] if isinstance(schema, (list, tuple)) else schema
 
 
 def tool_spec(tool: Tool) -> dict[str, Any]:

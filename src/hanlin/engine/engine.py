@@ -20,6 +20,7 @@ from hanlin.types import FinishReason
 
 __all__ = ["Engine", "EngineLimits"]
 
+_FORCED = 16  # tokens that a guide leaves no choice about, checked in one step
 _TELLING = 32  # tokens; the time of shorter steps is that of reading the weights
 
 
@@ -123,6 +124,10 @@ class Engine:
             for sequence in decoding:
                 sequence.draft = []
             self.drafter.propose(decoding)
+            for sequence in decoding:
+                forced = sequence.guide.forced()[:_FORCED] if sequence.guide else []
+                if len(forced) > len(sequence.draft):
+                    sequence.draft = forced
         scheduled = self.scheduler.schedule(self._pace.tokens_in(self.limits.step_seconds))
         if not scheduled:
             return
@@ -183,6 +188,9 @@ class Engine:
                 self.accepted += 1
                 self.blocks.register(sequence)
             sampled = choose(row, sequence, int(top))
+            if sampled is None:
+                self._finish(sequence, "stop")
+                return
             if not isinstance(sampled, Sampled):
                 self._fail(sequence, sampled)
                 return
@@ -202,6 +210,8 @@ class Engine:
         text = sequence.sink.token(sampled)
         if text is not None and len(sequence.generated) >= sampling.min_tokens:
             sequence.stop = text
+            self._finish(sequence, "stop")
+        elif sequence.guide is not None and sequence.guide.advance(token):
             self._finish(sequence, "stop")
         elif len(sequence.generated) == sampling.max_tokens or len(sequence) >= self.capacity:
             self._finish(sequence, "length")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hanlin.engine.sequence import Sampled, Sequence
-from hanlin.errors import EngineError
+from hanlin.errors import EngineError, HanlinError, RequestError
 from hanlin.types import SamplingParams
 
 __all__ = ["choose", "logprob_of", "uniform"]
@@ -21,12 +21,16 @@ Row = NDArray[np.float32]
 Wide = NDArray[np.float64]
 
 
-def choose(row: Row, sequence: Sequence, best: int) -> Sampled | EngineError:
-    """The next token of one sequence, given its logits (V,) and the place of the largest."""
+def choose(row: Row, sequence: Sequence, best: int) -> Sampled | HanlinError | None:
+    """The next token of one sequence, given its logits (V,) and the place of the largest; None when it must end."""
     if not np.isfinite(row[best]):
         return EngineError("the model's output is not a number: its weights are broken, or overflow in this dtype")
-    sampling = sequence.sampling
+    sampling, guide = sequence.sampling, sequence.guide
     scores = adjusted(row, sequence)
+    if guide is not None and (guide.error or scores.max() == -np.inf):
+        if guide.may_end and not guide.error:
+            return None
+        return RequestError(f"the constraint cannot be met: {guide.error or 'all that it allows is forbidden'}")
     if sampling.temperature == 0:
         token = best if scores is row else int(scores.argmax())
     else:
@@ -42,7 +46,7 @@ def adjusted(row: Row, sequence: Sequence) -> Row:
     repetition = sampling.repetition_penalty != 1
     counted = sampling.presence_penalty or sampling.frequency_penalty
     too_short = sequence.stop_ids and len(generated) < sampling.min_tokens
-    if not (repetition or counted or too_short or sampling.logit_bias or sequence.bad_ids):
+    if not (repetition or counted or too_short or sampling.logit_bias or sequence.bad_ids or sequence.guide):
         return row
     out = row.copy()
     if repetition:
@@ -61,8 +65,13 @@ def adjusted(row: Row, sequence: Sequence) -> Row:
         lead = list(bad[:-1])
         if not lead or generated[-len(lead) :] == lead:
             out[bad[-1]] = -np.inf
+    stops = list(sequence.stop_ids)
+    if sequence.guide is not None:  # last, so that nothing lifts it
+        ends = out[stops]
+        np.copyto(out, -np.inf, where=~sequence.guide.allowed)
+        out[stops] = ends if sequence.guide.may_end else -np.inf
     if too_short:
-        out[list(sequence.stop_ids)] = -np.inf
+        out[stops] = -np.inf
     return out
 
 

@@ -58,6 +58,26 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Guide(Protocol):
+    """Says which tokens may come next in one sequence.
+
+    Attributes:
+        allowed: (V,) booleans, for the next token; stop ids count only through `may_end`.
+        may_end: whether the sequence may end here.
+        error: why it cannot go on, or "".
+    """
+
+    allowed: NDArray[np.bool_]
+    may_end: bool
+    error: str
+
+    def advance(self, token: int) -> bool:
+        """Take the token that was chosen; returns whether nothing is left but to end."""
+
+    def forced(self) -> list[int]:
+        """The tokens that follow in any case."""
+
+
 class Sink(Protocol):
     """Who receives a sequence's tokens. Called from the engine's thread; must not block."""
 
@@ -78,6 +98,7 @@ class Sequence:
         prompt: the given ids.
         stop_ids: ids that end it; empty when `ignore_eos` and no stop ids were asked for.
         bad_ids: id sequences that must not appear.
+        guide: which tokens may come next; None for all.
         seed: of the random numbers; one number is drawn for each (seed, place).
         positions: the family's rule; `prefix_len` first tokens see each other both ways and are computed in one step.
         soft_len: slots in front of its tokens that hold the model's soft prefix, which no token of it counts.
@@ -99,6 +120,7 @@ class Sequence:
     sink: Sink
     stop_ids: frozenset[int] = frozenset()
     bad_ids: tuple[tuple[int, ...], ...] = ()
+    guide: Guide | None = None
     seed: int = 0
     positions: PositionRule = arange_positions
     prefix_len: int = 0

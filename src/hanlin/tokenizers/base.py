@@ -64,6 +64,11 @@ class BaseTokenizer(ABC):
         return len(self._table.texts)
 
     @property
+    def table(self) -> TokenTable:
+        """What each id is called, and adds to a text."""
+        return self._table
+
+    @property
     def bos_id(self) -> int | None:
         return self.specials.bos
 
