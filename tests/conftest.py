@@ -29,6 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
     "internlm": {"model_type": "internlm", "bias": True},
     "internlm3": {"model_type": "internlm3", "num_key_value_heads": 1, "qkv_bias": True},
+    "glm": {"model_type": "glm", "num_key_value_heads": 2, "head_dim": 16},
 }
 # ChatGLM-6B's keys are its own.
 CHATGLM: dict[str, Any] = {
@@ -43,6 +44,21 @@ CHATGLM: dict[str, Any] = {
     "bos_token_id": 92,
     "eos_token_id": 93,
 }
+# So are those of ChatGLM2, ChatGLM3 and GLM-4.
+CHATGLM2: dict[str, Any] = {
+    "model_type": "chatglm",
+    "padded_vocab_size": 97,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "add_qkv_bias": True,
+    "eos_token_id": 2,
+}
+OWN = {"chatglm": CHATGLM, "chatglm2": CHATGLM2, "chatglm2-32k": {**CHATGLM2, "rope_ratio": 16}}
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -66,7 +82,7 @@ def tiny() -> Callable[..., nn.Module]:
     """tiny(kind, dtype, **config) -> a random model of that kind, the same at every call."""
 
     def make(kind: str = "internlm2", dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
-        values = CHATGLM if kind == "chatglm" else {**_SIZES, **TINY[kind]}
+        values = OWN[kind] if kind in OWN else {**_SIZES, **TINY[kind]}
         model = build(read_config({**values, **config}), dtype=dtype)
         model = model.to_empty(device="cpu")
         parts = model.parts()

@@ -124,7 +124,10 @@ def show(
 
 def describe(location: hub.Location, source: TensorSource) -> dict[str, Any]:
     """What is known about a model from its headers and JSON files; None for what nothing says."""
+    from hanlin.models.registry import family_name
+
     values, template, runs = _configuration(location, source)
+    family = family_name(values)
     kinds: Counter[str] = Counter()
     for info in source.infos.values():
         kinds[info.dtype] += info.nbytes
@@ -139,7 +142,7 @@ def describe(location: hub.Location, source: TensorSource) -> dict[str, Any]:
     return {
         "model": location.id,
         "name": name,
-        "family": values.get("model_type"),
+        "family": family,
         "runs": runs,
         "parameters": sum(math.prod(info.shape) for info in source.infos.values()),
         "weights": ", ".join(kind for kind, _ in kinds.most_common()),
@@ -148,7 +151,7 @@ def describe(location: hub.Location, source: TensorSource) -> dict[str, Any]:
         "layers": first("num_hidden_layers", "num_layers"),
         "hidden_size": first("hidden_size"),
         "vocabulary": first("vocab_size", "padded_vocab_size"),
-        "chat_format": _chat_format(location, source, str(values.get("model_type")), template),
+        "chat_format": _chat_format(location, source, str(family), template),
         "licence": licence,
         "path": str(location.path),
     }

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from hanlin.layers.rope import Positions
     from hanlin.models.config import DecoderConfig
 
-__all__ = ["FAMILIES", "Decoder", "Family", "Layout", "build", "family_of", "layout_of", "read_config"]
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "Family",
+    "Layout",
+    "build",
+    "family_name",
+    "family_of",
+    "layout_of",
+    "read_config",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,19 @@ FAMILIES: Mapping[str, Family] = {
         transformers="`hanlin.hf`",
         layout="layout",
     ),
+    "chatglm2": Family(
+        module="hanlin.models.chatglm2",
+        cls="ChatGLM2ForConditionalGeneration",
+        released="ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B and their long variants, as first released",
+        chat="`[Round i]` turns; ChatGLM3's and GLM-4's roles with tools and interpreter",
+        transformers="none yet",
+    ),
+    "glm": Family(
+        module="hanlin.models.glm",
+        cls="GlmForCausalLM",
+        released="GLM-4-9B in Transformers' format",
+        chat="GLM-4's roles with tools and interpreter",
+    ),
     "internlm2-reward": Family(
         module="hanlin.models.internlm2_reward",
         cls="InternLM2ForRewardModel",
@@ -100,6 +123,13 @@ class Decoder(Protocol):
     def head(self, rows: Tensor) -> Tensor: ...
 
 
+def family_name(values: Mapping[str, Any]) -> object:
+    """The name in `FAMILIES` of a `config.json`: its `model_type`, which ChatGLM-6B and all later ones share."""
+    name = values.get("model_type")
+    later = "padded_vocab_size" in values or "multi_query_attention" in values
+    return "chatglm2" if name == "chatglm" and later else name
+
+
 def family_of(model_type: object) -> Family:
     """The row of `model_type`.
 
@@ -113,7 +143,7 @@ def family_of(model_type: object) -> Family:
 
 def read_config(values: Mapping[str, Any]) -> DecoderConfig:
     """Read a `config.json` by its `model_type`; `auto_map` is ignored, always."""
-    family = family_of(values.get("model_type"))
+    family = family_of(family_name(values))
     return cast("DecoderConfig", import_module(family.module).read_config(values))
 
 
