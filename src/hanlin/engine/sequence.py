@@ -105,7 +105,7 @@ class Sequence:
         rope_length: what fixes dynamic RoPE, see `RopeConfig.dynamic_length`.
         salt: sequences share cached blocks only with equal salts.
         adapter: what the model adds for it, if anything.
-        score_prompt: report the log-probability of every prompt token.
+        score_prompt: report the log-probability of every prompt token, and `sampling.logprobs` alternatives to each.
         pool: generate nothing, but report in `pooled`, as float64: the last token's hidden state (D,), the mean of all
             tokens' (D,), or the value that the head of a reward model gives the last (1,).
         follows: start only after this one has computed its prompt, to find it in the cache.
@@ -135,6 +135,7 @@ class Sequence:
     status: Status = Status.WAITING
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     pooled: NDArray[np.float64] | None = None
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
