@@ -12,6 +12,7 @@ from hanlin.errors import need
 
 need("transformers", extra="hf", feature="hanlin.hf")
 
+from hanlin.hf.gpus import load_model_on_gpus  # noqa: E402 - after the check, whose message says what to install
 from hanlin.hf.internlm2 import (  # noqa: E402 - after the check, whose message says what to install
     FAMILY,
     InternLM2Config,
@@ -21,6 +22,18 @@ from hanlin.hf.internlm2 import (  # noqa: E402 - after the check, whose message
     InternLM2Model,
     InternLM2Tokenizer,
     InternLM2TokenizerFast,
+)
+from hanlin.hf.llama import (  # noqa: E402
+    INTERNLM,
+    INTERNLM3,
+    InternLM3Config,
+    InternLM3ForCausalLM,
+    InternLM3Model,
+    InternLM3Tokenizer,
+    InternLMConfig,
+    InternLMForCausalLM,
+    InternLMModel,
+    InternLMTokenizer,
 )
 from hanlin.hf.register import register  # noqa: E402
 
@@ -32,6 +45,15 @@ __all__ = [
     "InternLM2Model",
     "InternLM2Tokenizer",
     "InternLM2TokenizerFast",
+    "InternLM3Config",
+    "InternLM3ForCausalLM",
+    "InternLM3Model",
+    "InternLM3Tokenizer",
+    "InternLMConfig",
+    "InternLMForCausalLM",
+    "InternLMModel",
+    "InternLMTokenizer",
+    "load_model_on_gpus",
 ]
 
-register(FAMILY)
+register(FAMILY, INTERNLM, INTERNLM3)
