@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -12,11 +13,12 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from hanlin.serve.app import create_app
 from hanlin.serve.settings import ModelSpec, ServeConfig
 
-__all__ = ["asgi_client", "running_app", "serving"]
+__all__ = ["app_client", "asgi_client", "events", "running_app", "serving"]
 
 
 @contextlib.asynccontextmanager
@@ -57,3 +59,19 @@ def serving(config: ServeConfig | None = None, *, app: Any = None) -> Iterator[s
         thread.join(30)
         listening.close()
     assert not thread.is_alive(), "the server has not ended"
+
+
+@contextlib.contextmanager
+def app_client(config: ServeConfig) -> Iterator[TestClient]:
+    """A client, not awaited, of an application in this process, without sockets. Answers come whole, streams too."""
+    with TestClient(create_app(config), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        yield client
+
+
+def events(response: Any) -> list[Any]:
+    """The values of a stream of server-sent events; its last must be `[DONE]`."""
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
+    assert lines.pop() == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
