@@ -24,7 +24,7 @@ __all__ = ["LlamaForCausalLM", "LlamaModel", "read_config"]
 
 
 def read_config(values: Mapping[str, Any]) -> DecoderConfig:
-    """Read a `config.json` of model_type llama, qwen2, internlm or internlm3."""
+    """Read a `config.json` of model_type llama, qwen2, internlm or internlm3, whose defaults are those of the 8B."""
     kind = str(values.get("model_type", "llama"))
     read = Reader(values, kind)
     read.fixed("hidden_act", "silu")
@@ -43,8 +43,8 @@ def read_config(values: Mapping[str, Any]) -> DecoderConfig:
         "intermediate_size": read.whole("intermediate_size"),
         "num_layers": read.whole("num_hidden_layers"),
         "num_kv_heads": read.whole("num_key_value_heads", heads),
-        "norm_eps": read.number("rms_norm_eps", 1e-6),
-        "rope": read.rope(dims=head_dim, base=10000.0, max_positions=max_positions),
+        "norm_eps": read.number("rms_norm_eps", 1e-5 if kind == "internlm3" else 1e-6),
+        "rope": read.rope(dims=head_dim, base=5e7 if kind == "internlm3" else 1e4, max_positions=max_positions),
         "tied": read.flag("tie_word_embeddings", False),
         "bos_id": next(iter(read.ids("bos_token_id")), None),
         "stop_ids": read.ids("eos_token_id"),
