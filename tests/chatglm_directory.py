@@ -12,7 +12,7 @@ from torch import Tensor
 from hanlin.tokenizers.chatglm import ADDED
 from hanlin.tokenizers.spm_model import CONTROL, NORMAL, UNIGRAM, UNKNOWN, USER_DEFINED, SpmModel
 
-__all__ = ["PIECES", "config", "read_golden", "tokenizer_config", "tokenizer_model", "weights", "write"]
+__all__ = ["PIECES", "config", "quantised", "read_golden", "tokenizer_config", "tokenizer_model", "weights", "write"]
 
 _WORDS = (
     "▁the ▁cat ▁sat ▁on ing 你 好 你好 问 答 训练时间 训练 时间 年 。 , ! : ; ? "
@@ -117,6 +117,22 @@ def weights(values: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     out["transformer.final_layernorm.weight"] = random(width, center=1.0)
     out["transformer.final_layernorm.bias"] = random(width)
     out["lm_head.weight"] = random(rows, width, scale=0.5)
+    return out
+
+
+def quantised(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """The tensors as the released `quantize` stores them: the linear layers of all blocks in `bits` bits, by row."""
+    out = {}
+    for name, tensor in tensors.items():
+        if ".layers." not in name or tensor.ndim < 2:
+            out[name] = tensor.half()
+            continue
+        most = 2 ** (bits - 1) - 1
+        scale = (tensor.abs().amax(1) / most).half()
+        numbers = (tensor / scale.float()[:, None]).round().clamp(-most, most).to(torch.int8)
+        if bits == 4:
+            numbers = (numbers[:, 0::2] << 4) | (numbers[:, 1::2] & 15)
+        out[name], out[f"{name}_scale"] = numbers, scale
     return out
 
 

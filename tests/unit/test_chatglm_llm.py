@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hanlin
-from chatglm_directory import PIECES, config, tokenizer_config, tokenizer_model, weights, write
+from chatglm_directory import PIECES, config, quantised, tokenizer_config, tokenizer_model, weights, write
 from hanlin.chat.chatglm import clean
 from hanlin.errors import CheckpointError, ConfigError, RequestError
 from hanlin.kernels.native import available
@@ -123,3 +123,46 @@ def test_both_layouts_by_the_size_of_the_vocabulary() -> None:
             i + offset for i in (130000, 130001, 130004, 130005)
         )
         assert (got.hidden_size, got.intermediate_size, got.num_layers, got.max_positions) == (4096, 16384, 28, 2048)
+
+
+@pytest.mark.skipif(not available(), reason="no native library")
+@pytest.mark.parametrize(("bits", "stored"), [(4, torch.int8), (8, torch.int8)])
+def test_quantised_checkpoints(model: Path, tmp_path: Path, bits: int, stored: torch.dtype) -> None:
+    """chatglm-6b-int4 and -int8: the numbers and scales are packed as they are, and torch sees their products."""
+    values = {**json.loads((model / "config.json").read_text()), "quantization_bit": bits}
+    tensors = quantised(weights(values), bits)
+    path = write(tmp_path / f"chatglm-6b-int{bits}", values, tensors)
+    for name in ("ice_text.model", "tokenizer_config.json"):
+        (path / name).write_bytes((model / name).read_bytes())
+    name = "transformer.layers.1.mlp.dense_4h_to_h.weight"
+    assert tensors[name].dtype == stored and tensors[name].shape == (64, 128 * bits // 8)
+    with load(path, "torch") as llm:
+        dense = llm.engine.runner._model.get_parameter(name)  # type: ignore[attr-defined]
+        scale = tensors[f"{name}_scale"].float()[:, None]
+        original = weights(values)[name]
+        assert torch.equal(dense, (original / scale).round() * scale)
+        want = llm.score("你好 the cat sat")[0].logprobs[1:]
+        answer = llm.chat("the cat", temperature=0, max_tokens=5).ids
+    with hanlin.load(path, packed_cache=False, cache_max_entry_count=64) as llm:
+        lowering = llm.engine.runner._lowering  # type: ignore[attr-defined]
+        down = lowering.blocks[1].down
+        assert down.by_row and down.kind.name == f"INT{bits}" and lowering.head.kind.name == "INT8"
+        held = llm.engine.runner._context.unpack(down.weight)  # type: ignore[attr-defined]
+        assert (held == dense.numpy()).all()
+        assert lowering.table.dtype == torch.float16
+        got = llm.score("你好 the cat sat")[0].logprobs[1:]
+        assert len(llm.chat("the cat", temperature=0, max_tokens=5).ids) == len(answer)
+    assert max(abs(a - b) for a, b in zip(got, want, strict=True)) < 0.3
+
+
+def test_broken_quantised_checkpoints(model: Path, tmp_path: Path) -> None:
+    values = {**json.loads((model / "config.json").read_text()), "quantization_bit": 4}
+    tensors = quantised(weights(values), 4)
+    at = "transformer.layers.0.mlp.dense_h_to_4h.weight"
+    tensors[f"{at}_scale"] = tensors[f"{at}_scale"][:5]
+    tensors["lm_head.weight_scale"] = torch.zeros(3).half()
+    with pytest.raises(CheckpointError, match=r"(?s)dense_h_to_4h.weight'.*lm_head.weight'"):
+        load(write(tmp_path / "broken", values, tensors), "torch")
+    values["quantization_bit"] = 0
+    with pytest.raises(CheckpointError, match=r"\(192, 32\), the configuration needs \(192, 64\)"):
+        load(write(tmp_path / "wrong", values, quantised(weights(values), 4)), "torch")

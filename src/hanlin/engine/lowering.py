@@ -47,6 +47,8 @@ _LOSSLESS = {
     "Q4_1": (Kind.INT4_MIN, Source.Q4_1),
     "Q8_0": (Kind.INT8, Source.Q8_0),
 }
+# Whole numbers with one scale a row: used as they are, the scale repeated for each group.
+_BY_ROW = {"ROW_INT4": Kind.INT4, "ROW_INT8": Kind.INT8}
 _FEW_BITS = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -59,6 +61,7 @@ class Slot:
         places: for each parameter's name, the output that each of its rows becomes.
         bias: (out,) float32 in the order of the outputs, or None.
         blocks: the kind of GGUF blocks that are used as they are, or None.
+        by_row: the stored whole numbers are used as they are, each row with its scale.
     """
 
     out: int
@@ -71,6 +74,7 @@ class Slot:
     kind: Kind = Kind.F32
     group: int = 0
     blocks: Source | None = None
+    by_row: bool = False
     weight: PackedWeight | None = None
 
 
@@ -157,9 +161,10 @@ class Lowering:
 
         `files` gives the model's files and the state they are in: numbers that change when a file does.
         """
-        if not self.tied and set(stored[self._embedding]) & set(_LOSSLESS) and self._weights == "auto":
+        if not self.tied and set(stored[self._embedding]) & {*_LOSSLESS, *_BY_ROW} and self._weights == "auto":
             rows, width = self._embedding_shape
             self.embedding = Slot(out=rows, in_=width, places={self._embedding: np.arange(rows, dtype=np.int32)})
+        self._few = any(set(dtypes) & set(_BY_ROW) for dtypes in stored.values())
         found = []
         for slot in self.slots:
             self._choose(slot, {dtype for name in slot.places for dtype in stored[name]})
@@ -178,7 +183,11 @@ class Lowering:
         for slot in self.slots:
             if name in slot.places and not self.cached:
                 assert slot.weight is not None
-                for rows, order in read(raw=slot.blocks is not None):
+                for rows, order in read(raw=slot.blocks is not None or slot.by_row):
+                    if slot.by_row:
+                        codes = _codes(slot, rows)
+                        self._context.pack_codes(slot.weight, *codes, place=slot.places[name][order])
+                        continue
                     source = rows.contiguous() if slot.blocks is None else rows
                     self._context.pack(slot.weight, source, blocks=slot.blocks, place=slot.places[name][order])
             if name in slot.biases and not self.cached:
@@ -209,7 +218,8 @@ class Lowering:
 
     def _lay_out(self, stored: Mapping[str, tuple[str, ...]], files: Mapping[str, tuple[int, ...]]) -> None:
         """One arena for everything that `take` takes: weights, then biases, then the embedding's table."""
-        dtype = torch.float32 if self._weights == "float32" else torch.bfloat16
+        narrow = torch.float16 if stored[self._embedding] == ("F16",) else torch.bfloat16
+        dtype = torch.float32 if self._weights == "float32" else narrow
         table = torch.Size() if self.tied or self.embedding is not None else torch.Size(self._embedding_shape)
         sizes = [packed_bytes(slot.kind, slot.out, slot.in_, slot.group) for slot in self.slots]
         sizes += [4 * slot.out for slot in self.slots if slot.biases]
@@ -234,7 +244,7 @@ class Lowering:
         yield digest_of_files([*rooms, Path(__file__), library_path()])
         yield self._context.isa, torch.__version__, size, sorted(stored.items())
         for slot in self.slots:
-            yield slot.kind, slot.group, slot.out, slot.in_, slot.blocks
+            yield slot.kind, slot.group, slot.out, slot.in_, slot.blocks, slot.by_row
             for name, rows in (*slot.places.items(), *slot.biases.items()):
                 yield name, blake2b(rows.tobytes(), digest_size=16).digest()
 
@@ -264,7 +274,11 @@ class Lowering:
                 slot.kind, slot.blocks = _LOSSLESS[only]
                 slot.group = 32
                 return
-            few = dtypes <= {*_FEW_BITS, *_LOSSLESS} and slot.in_ % 32 == 0
+            group = next((size for size in (128, 64, 32) if slot.in_ % size == 0), 0)
+            if not others and only in _BY_ROW and group:
+                slot.kind, slot.group, slot.by_row = _BY_ROW[only], group, True
+                return
+            few = (dtypes <= {*_FEW_BITS, *_LOSSLESS} or (slot.head and self._few)) and slot.in_ % 32 == 0
             kinds = KINDS["int8" if few else "bfloat16"]
         else:
             kinds = KINDS[self._weights]
@@ -286,6 +300,18 @@ def _rows_interleaved(inner: int) -> dict[str, NDArray[np.int32]]:
     row = np.arange(inner, dtype=np.int32)
     gate = row // 16 * 32 + row % 16
     return {"gate": gate, "up": gate + np.int32(16)}
+
+
+def _codes(slot: Slot, rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Rows as `RowQuantisedSource.raw` gives them -> codes (rows, in) and scales (rows, in / group) for packing."""
+    scale = np.ascontiguousarray(rows[:, -2:]).view(np.float16)
+    if slot.kind is Kind.INT8:
+        codes = rows[:, :-2] ^ np.uint8(128)
+    else:  # the halves of a byte in two's complement: turning the highest bit adds 8
+        codes = np.empty((len(rows), slot.in_), np.uint8)
+        codes[:, 0::2] = (rows[:, :-2] >> 4) ^ 8
+        codes[:, 1::2] = (rows[:, :-2] & 15) ^ 8
+    return np.ascontiguousarray(codes), np.repeat(scale, slot.in_ // slot.group, axis=1)
 
 
 def _places(linear: Linear, outputs: Mapping[str, NDArray[np.int32]]) -> NDArray[np.int32]:
