@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple, Protocol, cast
 
@@ -103,32 +104,38 @@ class TorchRunner:
             for layer, (k, v) in enumerate(self._soft):
                 self._pool.k[layer][mine], self._pool.v[layer][mine] = k, v
         owners = np.repeat(np.arange(len(batch.context)), np.diff(batch.query_start))
-        self._tell(batch, owners)
-        hidden = self._model(ids, Positions(places, lengths), attend)
+        with self._told(batch, owners):
+            hidden = self._model(ids, Positions(places, lengths), attend)
         states = hidden[torch.from_numpy(batch.states).to(self.device).long()].float().cpu().numpy()
         if not len(rows):
             return Output(np.zeros((0, self.vocab_size), np.float32), states)
-        self._tell(batch, owners[batch.rows])
-        return Output(self._model.head(hidden[rows.long()]).cpu().numpy(), states)
+        with self._told(batch, owners[batch.rows]):
+            return Output(self._model.head(hidden[rows.long()]).cpu().numpy(), states)
 
     def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:
         held = {name: low.to(self.device) for name, low in additions.items()}
         return Adapter(held=held, nbytes=sum(low.down.nbytes + low.up.nbytes for low in held.values()))
 
-    def _tell(self, batch: Batch, owners: NDArray[np.int64]) -> None:
-        """Say which rows of the coming call are whose: owners (rows,), a sequence each."""
-        if batch.adapters and self._rows is None:
+    @contextmanager
+    def _told(self, batch: Batch, owners: NDArray[np.int64]) -> Iterator[None]:
+        """Within it, the leaves know which rows of the call are whose: owners (rows,), a sequence each."""
+        if not batch.adapters:
+            yield
+            return
+        if self._rows is None:
             self._rows = RowAdapters()
             attach(cast(nn.Module, self._model), self._rows)
-        if self._rows is None:
-            return
         runs, start = [], 0
-        for adapter, rows in groupby(owners, lambda owner: batch.adapters[owner] if batch.adapters else None):
+        for adapter, rows in groupby(owners, lambda owner: batch.adapters[owner]):
             end = start + sum(1 for _ in rows)
             if adapter is not None:
                 runs.append((start, end, adapter.held))
             start = end
         self._rows.runs = runs
+        try:
+            yield
+        finally:
+            self._rows.runs = ()
 
     def close(self) -> None:
         del self._pool
