@@ -12,7 +12,6 @@ import re
 import secrets
 import socket
 import time
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -95,6 +94,8 @@ class Guard:
             if status:  # the routes' own handler has answered and written the log; some frameworks raise all the same
                 return
             answer = describe(error)
+            if answer.status >= 500:
+                log.error("%s: %s", request_id, error, exc_info=error)
             await JSONResponse(error_body(scope["path"], answer), answer.status, answer.headers)(
                 scope, receive, sending
             )
@@ -118,14 +119,10 @@ class Guard:
             raise ApiError(
                 403, f"this server is not known by the name {host[:100]!r}; see --allowed-hosts", code="unknown_host"
             )
-        if origin is not None and origin not in self.config.cors_origins:
-            parts = urlsplit(origin)
-            if parts.scheme not in ("http", "https") or parts.netloc.lower() != host.lower():
-                raise ApiError(
-                    403,
-                    f"pages of {origin[:100]!r} may not call this server; see --cors-origins",
-                    code="unknown_origin",
-                )
+        own = (f"http://{host.lower()}", f"https://{host.lower()}")
+        if origin is not None and origin not in self.config.cors_origins and origin.lower() not in own:
+            why = f"pages of {origin[:100]!r} may not call this server; see --cors-origins"
+            raise ApiError(403, why, code="unknown_origin")
 
     def _known(self, host: str) -> bool:
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host

@@ -205,7 +205,7 @@ class Models:
                 options["adapters"] = dict(served.spec.adapters)
             budget = self.config.memory_budget
             if budget is not None:
-                options.setdefault("cache_bytes", await self._make_room(served, budget))
+                options["cache_bytes"] = await self._make_room(served, budget)
             while True:
                 try:
                     llm = await asyncio.to_thread(load, served.spec.source, progress=progress, **options)
@@ -234,14 +234,15 @@ class Models:
             CapacityError: with what is needed, before anything is loaded.
         """
         need = await asyncio.to_thread(_weight_bytes, served.spec)
-        least = min(budget // 16, 256 << 20)
+        given: int | None = served.spec.options.get("cache_bytes")
+        least = given or min(budget // 16, 256 << 20)
         while sum(other.bytes for other in self.list) + need + least > budget:
             if not await self._unload_one():
                 raise CapacityError(
                     f"{served.name} needs {(need + least) / 2**30:.1f} GiB; of the memory budget of "
                     f"{budget / 2**30:.1f} GiB, {sum(o.bytes for o in self.list) / 2**30:.1f} GiB are in use"
                 )
-        return min(max(least, budget // 4), budget - need - sum(other.bytes for other in self.list))
+        return given or min(max(least, budget // 4), budget - need - sum(other.bytes for other in self.list))
 
     async def _unload_one(self) -> bool:
         """Unload the model that was not asked for longest; False when all are in use."""
