@@ -13,6 +13,12 @@ from hanlin.types import Message, Tool, ToolCall
 
 __all__ = ["Ask", "arguments_of"]
 
+# Other words for a constraint, see `Constraint.take`.
+_CONSTRAINTS = (
+    *("constraint", "response_format", "structured_outputs", "guided_decoding"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -31,6 +37,12 @@ class Ask:
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     response_format: Any = None
+
+    @property
+    def slow(self) -> bool:
+        """Whether to make its jobs is to compile what replies must look like."""
+        free = self.tool_choice in (None, "auto", "none") and self.response_format is None
+        return not free or any(self.sampling.get(name) is not None for name in _CONSTRAINTS)
 
     def jobs(self, llm: LLM, adapter: str | None = None) -> list[Job]:
         """Render and tokenise.

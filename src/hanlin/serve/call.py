@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,7 @@ class Call:
     Attributes:
         id: of the request, for logs and answers.
         lease: keeps the model loaded. load_seconds: how long that took.
+        compilers: threads for what may take long; their number bounds it.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Call:
     lease: Lease
     limits: Limits
     observer: Observer
+    compilers: Executor
     began: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
     _detached: bool = False
@@ -78,13 +81,20 @@ class Call:
         """Go on when the client has gone: somebody will ask for the result in another request."""
         self._detached = True
 
-    async def prepare(self, make: Callable[[LLM], Iterable[Job]]) -> list[Job]:
+    async def prepare(self, make: Callable[[LLM], Iterable[Job]], *, slow: bool = False) -> list[Job]:
         """Jobs made by `make`, which renders and tokenises; checked against the limits, with this key's salt.
+
+        Args:
+            slow: what it does may take seconds: it compiles a constraint.
 
         Raises:
             RequestError, ApiError: what is wrong with the request; nothing was started then.
         """
-        jobs = list(await self._tokenised(lambda: make(self.llm)))
+        if slow:
+            loop = asyncio.get_running_loop()
+            jobs = list(await loop.run_in_executor(self.compilers, lambda: list(make(self.llm))))
+        else:
+            jobs = await self._tokenised(lambda: list(make(self.llm)))
         return [self._checked(job, len(jobs)) for job in jobs]
 
     async def start(self, jobs: list[Job], *, stream: bool) -> AsyncGenerator[list[tuple[int, Delta]], None]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
 
@@ -21,6 +22,7 @@ __all__ = ["Service", "service_of"]
 log = logging.getLogger("hanlin.serve")
 
 _LOOK_SECONDS = 0.25
+_COMPILERS = 2
 
 
 class Service:
@@ -39,6 +41,7 @@ class Service:
         self.conversations = Conversations()
         self.draining = False
         self.stopped = asyncio.Event()
+        self.compilers = ThreadPoolExecutor(_COMPILERS, "hanlin-compile")
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -61,6 +64,7 @@ class Service:
             lease=lease,
             limits=self.config.limits,
             observer=self.observer,
+            compilers=self.compilers,
             began=began,
             load_seconds=time.perf_counter() - began,
         )
@@ -78,6 +82,7 @@ class Service:
                 await self._keeper
         self.observer.close()
         await self.models.close()
+        self.compilers.shutdown(wait=False, cancel_futures=True)
 
     async def _keep(self) -> None:
         while True:

@@ -66,7 +66,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     )
     call = await service_of(request).open(request, body.model)
     try:
-        jobs = await call.prepare(lambda llm: ask.jobs(llm, call.lease.adapter))
+        jobs = await call.prepare(lambda llm: ask.jobs(llm, call.lease.adapter), slow=ask.slow)
         if not body.stream:
             (done,) = await call.complete(jobs)
             call.close()

@@ -216,7 +216,7 @@ async def _answer(
 ) -> Response:
     call = await service_of(request).open(request, body.model, keep_alive=seconds(body.keep_alive))
     try:
-        jobs = await call.prepare(lambda llm: ask.jobs(llm, call.lease.adapter))
+        jobs = await call.prepare(lambda llm: ask.jobs(llm, call.lease.adapter), slow=ask.slow)
         head = {"model": call.model}
         if body.stream is False:
             (done,) = await call.complete(jobs)

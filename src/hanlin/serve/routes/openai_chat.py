@@ -16,7 +16,6 @@ from hanlin.serve.body import JsonRoute
 from hanlin.serve.routes.openai_common import (
     Head,
     call_json,
-    constraint_of,
     finished,
     logprobs_json,
     salted,
@@ -37,9 +36,16 @@ router = APIRouter(tags=["openai"], route_class=JsonRoute)
 async def chat_completions(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     body.check()
+    ask, messages = _ask(body)
+
+    def make(llm: LLM) -> list[Job]:
+        limit = ask.sampling.get("max_tokens", llm.context_length)  # not the model's own default
+        given = replace(ask, sampling={**ask.sampling, "max_tokens": limit})
+        return [_opened(llm, body, messages, job) for job in given.jobs(llm, call.lease.adapter)]
+
     call = await service_of(request).open(request, body.model)
     try:
-        jobs = salted(await call.prepare(lambda llm: chat_jobs(llm, call.lease.adapter, body)), body.cache_salt)
+        jobs = salted(await call.prepare(make, slow=ask.slow), body.cache_salt)
         head = Head.of(call, "chatcmpl-")
         if not body.stream:
             answer = chat_answer(head, body, await call.complete(jobs), jobs)
@@ -52,23 +58,17 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
         raise
 
 
-def chat_jobs(llm: LLM, adapter: str | None, body: ChatBody) -> list[Job]:
-    """Raises:
-    RequestError, ApiError: what cannot be.
-    """
-    tools = body.known_tools()
-    choice = body.choice()
+def _ask(body: ChatBody) -> tuple[Ask, list[Message]]:
+    tools, choice = body.offered()
     messages = body.conversation(tools)
     ask = Ask(
         messages=messages,
-        sampling={"max_tokens": llm.context_length, **body.overrides()},
-        tools=None if choice == "none" else tools,
-        tool_choice=None if choice == "none" else choice,
-        parallel_tool_calls=None if body.parallel_tool_calls else body.parallel_tool_calls,
-        response_format=constraint_of(body),
+        sampling=body.overrides(),
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=body.parallel_tool_calls,
     )
-    (job,) = ask.jobs(llm, adapter)
-    return [_opened(llm, body, messages, job)]
+    return ask, messages
 
 
 def _opened(llm: LLM, body: ChatBody, messages: list[Message], job: Job) -> Job:

@@ -14,11 +14,9 @@ from hanlin import __version__
 from hanlin.errors import EngineError
 from hanlin.requests import Job
 from hanlin.serve.call import Call
-from hanlin.serve.errors import ApiError
-from hanlin.serve.schemas.sampling import SamplingBody
 from hanlin.types import Completion, TokenLogprob, ToolCall, Usage
 
-__all__ = ["Head", "call_json", "constraint_of", "finished", "logprobs_json", "salted", "total_usage", "usage_json"]
+__all__ = ["Head", "call_json", "finished", "logprobs_json", "salted", "total_usage", "usage_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +56,6 @@ def salted(jobs: list[Job], salt: str | None) -> list[Job]:
         return jobs
     digest = hashlib.sha256(salt.encode()).digest()
     return [replace(job, salt=job.salt + digest) for job in jobs]
-
-
-def constraint_of(body: SamplingBody) -> dict[str, Any] | None:
-    """What the reply must look like, if anything.
-
-    Raises:
-        ApiError: when several things say so.
-    """
-    try:
-        return body.constraint()
-    except ValueError as error:
-        raise ApiError(400, str(error), param="response_format") from None
 
 
 def finished(done: Completion) -> Completion:

@@ -11,13 +11,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from hanlin.engine.sequence import Sequence as Looked
-from hanlin.llm import LLM
 from hanlin.requests import Job, prompts_of
 from hanlin.serve.ask import Ask
 from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
-from hanlin.serve.errors import ApiError
-from hanlin.serve.routes.openai_common import Head, constraint_of, finished, salted, total_usage, usage_json
+from hanlin.serve.routes.openai_common import Head, finished, salted, total_usage, usage_json
 from hanlin.serve.schemas.completions import CompletionBody
 from hanlin.serve.service import service_of
 from hanlin.serve.stream import DONE, EventStream, event
@@ -32,9 +30,10 @@ router = APIRouter(tags=["openai"], route_class=JsonRoute)
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Continue prompts."""
     body.check()
+    ask = Ask(prompt=body.prompt, sampling=body.overrides())
     call = await service_of(request).open(request, body.model)
     try:
-        jobs = salted(await call.prepare(lambda llm: _jobs(llm, call.lease.adapter, body)), body.cache_salt)
+        jobs = salted(await call.prepare(lambda llm: ask.jobs(llm, call.lease.adapter), slow=ask.slow), body.cache_salt)
         head = Head.of(call, "cmpl-")
         openings = await _openings(call, body, jobs)
         if body.stream:
@@ -226,12 +225,6 @@ class CompletionChunks:
         logprobs = _legacy(tokens, places) if self.body.logprobs is not None and tokens else None
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._chunk, "choices": [choice], **({"usage": None} if self._usage else {})}
-
-
-def _jobs(llm: LLM, adapter: str | None, body: CompletionBody) -> list[Job]:
-    if body.max_tokens is not None and body.max_tokens < 0:
-        raise ApiError(400, f"max_tokens must be >= 0, not {body.max_tokens}", param="max_tokens")
-    return Ask(prompt=body.prompt, sampling=body.overrides(), response_format=constraint_of(body)).jobs(llm, adapter)
 
 
 async def _openings(call: Call, body: CompletionBody, jobs: Sequence[Job]) -> list[Opening]:

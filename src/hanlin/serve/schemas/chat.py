@@ -13,7 +13,7 @@ from hanlin.serve.errors import ApiError
 from hanlin.serve.schemas.sampling import Body, SamplingBody
 from hanlin.types import Message, Tool, ToolCall
 
-__all__ = ["ChatBody", "ChatMessage", "read_tools"]
+__all__ = ["ChatBody", "ChatMessage", "chosen", "read_tools"]
 
 _ROLES = {"developer": "system", "function": "tool", "environment": "tool", "observation": "tool"}
 _MOST_TOOLS = 256
@@ -123,22 +123,17 @@ class ChatBody(SamplingBody):
             values["logprobs"] = self.top_logprobs or 0
         return values
 
-    def known_tools(self) -> tuple[Tool, ...]:
-        """Raises:
-        ApiError: a kind of tool that only its maker's servers have.
+    def offered(self) -> tuple[tuple[Tool, ...], Any]:
+        """The tools, and which of them must be called, as a `tool_choice`.
+
+        Raises:
+            ApiError, RequestError: tools that are not here, or cannot be.
         """
         if self.legacy:
-            return read_tools([{"type": "function", "function": f} for f in self.functions or ()], "functions")
-        return read_tools(self.tools or (), "tools")
-
-    def choice(self) -> Any:
-        """What must be called, as a `tool_choice`; None when the model is free to."""
-        choice = self.tool_choice
-        if self.legacy and choice is None:
-            choice = self.function_call
-        if isinstance(choice, Mapping) and "name" in choice and "function" not in choice:
-            choice = {"type": "function", "function": {"name": choice["name"]}}
-        return None if choice == "auto" else choice
+            tools = read_tools([{"type": "function", "function": f} for f in self.functions or ()], "functions")
+        else:
+            tools = read_tools(self.tools or (), "tools")
+        return chosen(tools, self.function_call if self.legacy and self.tool_choice is None else self.tool_choice)
 
     def conversation(self, tools: tuple[Tool, ...]) -> list[Message]:
         """Raises:
@@ -167,6 +162,28 @@ def read_tools(values: Any, param: str) -> tuple[Tool, ...]:
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name", param=param)
     return tools
+
+
+def chosen(tools: tuple[Tool, ...], choice: Any) -> tuple[tuple[Tool, ...], Any]:
+    """Tools and choice, with `allowed_tools` (some of the tools, and a choice among them) resolved."""
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return tools, choice
+    inner = choice.get("allowed_tools", choice)  # as in chat completions, or as in responses
+    listed = inner.get("tools") if isinstance(inner, Mapping) else None
+    mode = inner.get("mode") if isinstance(inner, Mapping) else None
+    names = set()
+    for each in listed if isinstance(listed, list) else ():
+        named = each.get("function", each) if isinstance(each, Mapping) else None
+        names.add(str(named.get("name")) if isinstance(named, Mapping) else "")
+    known = {tool.name for tool in tools}
+    if not names or not names <= known or mode not in ("auto", "required"):
+        raise ApiError(
+            400,
+            "allowed_tools needs a mode, 'auto' or 'required', and some of the tools by name "
+            f"({', '.join(sorted(known)) or 'there are none'})",
+            param="tool_choice",
+        )
+    return tuple(tool for tool in tools if tool.name in names), mode
 
 
 def _message(message: ChatMessage, where: str, interpreters: set[str], found: list[str]) -> Message:

@@ -30,6 +30,8 @@ class CompletionBody(SamplingBody):
             raise ApiError(400, f"n must be >= 1, not {self.n}", param="n")
         if self.prompt == []:
             raise ApiError(400, "prompt is an empty list", param="prompt")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ApiError(400, f"max_tokens must be >= 0, not {self.max_tokens}", param="max_tokens")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ApiError(400, f"best_of {self.best_of} is less than n {self.n or 1}", param="best_of")
         if self.stream and (self.best_of or 1) > (self.n or 1):

@@ -56,7 +56,8 @@ class SamplingBody(Body):
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
+    guided_decoding: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -93,25 +94,7 @@ class SamplingBody(Body):
             *("n", "seed", "max_tokens", "temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos"),
             *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop"),
             *("stop_token_ids", "bad_words", "skip_special_tokens"),
+            *("response_format", "structured_outputs", "guided_decoding"),
+            *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
         )
         return {name: value for name in same if (value := getattr(self, name)) is not None}
-
-    def constraint(self) -> dict[str, Any] | None:
-        """The one thing that says what the reply must look like, as a `response_format`.
-
-        Raises:
-            ValueError: several of them.
-        """
-        given: list[dict[str, Any]] = []
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            given.append(self.response_format)
-        choices = dict(self.structured_outputs or {})
-        for name in ("json", "regex", "choice", "grammar"):
-            choices.setdefault(name, getattr(self, f"guided_{name}"))
-        if choices.pop("json_object", None):
-            given.append({"type": "json_object"})
-        given += [{"type": name, name: value} for name, value in choices.items() if value is not None]
-        if len(given) > 1:
-            names = ", ".join(str(each.get("type")) for each in given)
-            raise ValueError(f"only one of response_format, structured_outputs and guided_* can be given, not {names}")
-        return given[0] if given else None
