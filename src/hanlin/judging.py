@@ -110,6 +110,8 @@ class Judging(ABC):
         many, (conversation, *_) = conversations_of(messages)
         if many:
             raise RequestError("best_of takes one conversation")
+        if isinstance(reward, Judging):
+            reward.requests.judged(conversation)  # what is wrong is said before the work
         found = self.chat(conversation, params)
         candidates: list[Completion] = found if isinstance(found, list) else [found]
         judged = [[*conversation, _as_message(candidate)] for candidate in candidates]

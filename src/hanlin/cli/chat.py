@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -12,12 +13,13 @@ import typer
 
 from hanlin.cli.conversation import Conversation
 from hanlin.cli.inputs import document, is_terminal, joined, meant, sound
+from hanlin.cli.judged import Judged
 from hanlin.cli.loading import load
 from hanlin.cli.render import PlainView, SilentView, View, visible
 from hanlin.cli.session import Model, Session
 from hanlin.cli.stats import Stats
 from hanlin.errors import RequestError
-from hanlin.types import SamplingParams
+from hanlin.types import BestOf, SamplingParams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,6 +90,13 @@ def chat(
     chat_template: Annotated[
         str | None, typer.Option(help="A chat format by name, instead of the model's.", rich_help_panel=_LOADING)
     ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw so many replies and show the one that --reward prefers.", show_default=False),
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The reward model for --best-of, 10 if unsaid.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and memory after each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reply to PROMPT as JSON.")] = False,
     no_markdown: Annotated[bool, typer.Option("--no-markdown", help="Print replies as they are.")] = False,
@@ -110,6 +119,8 @@ def chat(
         "stop": stop or None,
     }
     sampling = _checked({key: value for key, value in given.items() if value is not None})
+    if best_of is not None and reward is None:
+        raise typer.BadParameter("--best-of needs --reward, the model that judges")
     asked = joined(prompt, document(beside=prompt))
     if asked is None and prompt is not None:
         raise typer.BadParameter("PROMPT is empty")
@@ -128,7 +139,13 @@ def chat(
         "chat_template": chat_template,
     }
     options = {key: value for key, value in held.items() if value is not None}
-    with load(name, options, guessed=model is None and name is not None) as llm:
+    with contextlib.ExitStack() as models:
+        writer = models.enter_context(load(name, options, guessed=model is None and name is not None))
+        llm: Model = writer
+        if reward is not None:
+            of_writer = ("adapter", "chat_template", "session_len")
+            judge = load(reward, {k: v for k, v in options.items() if k not in of_writer}, guessed=False)
+            llm = Judged(writer, models.enter_context(judge), best_of or 10)
         talk = Conversation(system=system, sampling=llm.default_sampling.override(**sampling))
         if asked is None:
             _converse(llm, talk, markdown=not no_markdown, stats=stats)
@@ -182,7 +199,7 @@ def _print_reply(llm: Model, talk: Conversation, prompt: str, *, markdown: bool,
 def _print_json(llm: Model, talk: Conversation, prompt: str) -> None:
     reply = Session(model=llm, conversation=talk, view=SilentView, notice=_aside).ask(prompt)
     done = reply.completion
-    answer = {
+    answer: dict[str, Any] = {
         "model": llm.name,
         "text": reply.text,
         "finish_reason": done.finish_reason if done else "abort",
@@ -191,6 +208,8 @@ def _print_json(llm: Model, talk: Conversation, prompt: str) -> None:
         "tool_calls": [asdict(call) for call in done.tool_calls] if done else [],
         "stats": asdict(Stats.of(reply, llm.stats())),
     }
+    if isinstance(done, BestOf):
+        answer |= {"score": done.score, "scores": done.scores, "candidates": [c.text for c in done.candidates]}
     print(json.dumps(answer, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8", indent=2))
     if done is None:
         raise KeyboardInterrupt
