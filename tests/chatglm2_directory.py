@@ -15,7 +15,8 @@ from hanlin.tokenizers.spm_model import BYTE, CONTROL, NORMAL, UNKNOWN, SpmModel
 
 __all__ = ["as_glm", "config", "glm_config", "read_golden", "tiktoken_file", "tokenizer_model", "weights", "write"]
 
-_WORDS = "▁ ▁the ▁cat ▁sat ▁on ing ▁你 你 好 你好 问 答 训练时间 训练 时间 年 。 , ! : ; ? ▁[ [ ] Round ▁print ( ) ' \" - + = . # _ / < > |"
+_WORDS = "▁ ▁the ▁cat ▁sat ▁on ing ▁你 你 好 你好 问 答 训练时间 训练 时间 年 。 , ! : ; ?"
+_SIGNS = "▁[ [ ] Round ▁print ( ) ' \" - + = . # _ / < > |"
 # The keys of the released files, of a tiny model.
 _CONFIG: dict[str, Any] = {
     "_name_or_path": "THUDM/chatglm3-6b",
@@ -158,7 +159,7 @@ def tokenizer_model(*, dummy_prefix: bool = True) -> bytes:
     pieces = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
     pieces += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789ABR"
-    pieces += [(word, NORMAL) for word in dict.fromkeys((*_WORDS.split(), *letters, *"▁1▁a▁b"))]
+    pieces += [(word, NORMAL) for word in dict.fromkeys((*_WORDS.split(), *_SIGNS.split(), *letters, *"▁1▁a▁b"))]
     return SpmModel(
         pieces=[piece for piece, _ in pieces],
         scores=[-float(i) if kind == NORMAL else 0.0 for i, (_, kind) in enumerate(pieces)],

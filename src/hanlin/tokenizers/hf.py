@@ -16,7 +16,7 @@ from hanlin.errors import HanlinError, RequestError, TokenizerError, problems
 from hanlin.tokenizers.base import AddedToken, BaseTokenizer, Specials, is_markup
 from hanlin.tokenizers.detokenizer import TokenTable
 
-__all__ = ["HFTokenizer"]
+__all__ = ["MAX_ID", "HFTokenizer", "byte_alphabet"]
 
 MAX_ID = 1 << 21
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -103,7 +103,7 @@ class _Decoder:
             raise TokenizerError(f"{name}: decoder {given} is not supported; known: {', '.join(sorted(known))}.")
         self.byte_level = "ByteLevel" in kinds
         self._fallback = "ByteFallback" in kinds
-        self._alphabet = _byte_alphabet() if self.byte_level else {}
+        self._alphabet = byte_alphabet() if self.byte_level else {}
         self._replace = [("▁", " ")] if "Metaspace" in kinds else []
         for step in steps:
             if step.get("type") == "Replace":
@@ -143,7 +143,7 @@ def _steps(component: object, key: str) -> Iterator[dict[str, Any]]:
                 yield step
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's letters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [value for value in range(256) if value not in printable]

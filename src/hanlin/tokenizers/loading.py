@@ -12,16 +12,17 @@ from typing import Any
 from hanlin.errors import ModelNotFoundError, TokenizerError, problems
 from hanlin.tokenizers.base import AddedToken, BaseTokenizer, Specials, is_markup
 from hanlin.tokenizers.chatglm import ChatGLMTokenizer
+from hanlin.tokenizers.glm import ROLES, chatglm2_tokenizer, glm4_tokenizer, is_ranks
 from hanlin.tokenizers.hf import MAX_ID, HFTokenizer
 from hanlin.tokenizers.spm import SentencePieceTokenizer, known_added
 from hanlin.tokenizers.spm_model import NORMAL, SpmModel
 
-__all__ = ["Directory", "Kind", "load_tokenizer"]
+__all__ = ["Directory", "Kind", "image_tokens", "load_tokenizer"]
 
 MiB = 1 << 20
 _LFS = b"version https://git-lfs"
-# ChatGLM-6B's first layout: image tokens, and rows of its embedding.
-_IMAGES, _WITH_IMAGES = 20000, 150528
+# ChatGLM-6B's first layout: image tokens, rows of its embedding, and pieces of its file.
+_IMAGES, _WITH_IMAGES, _FIRST_PIECES = 20000, 150528, 130000
 _ROLES = ("bos", "eos", "unk", "pad")
 
 
@@ -80,13 +81,16 @@ class Directory:
     @cached_property
     def rows(self) -> int:
         """Rows of the model's embedding as config.json gives them, or 0."""
-        rows = self.json("config.json").get("vocab_size")
+        values = self.json("config.json")
+        rows = values.get("padded_vocab_size", values.get("vocab_size"))
         return rows if isinstance(rows, int) and 0 < rows <= MAX_ID else 0
 
     @property
     def tokenizer_class(self) -> str | None:
         """The class that the model's makers named, without Transformers' "Fast"."""
         name = self.config.get("tokenizer_class")
+        if name is None and self.json("config.json").get("model_type") == "chatglm":
+            name = "ChatGLMTokenizer"
         return name.removesuffix("Fast") if isinstance(name, str) else None
 
     @cached_property
@@ -112,6 +116,21 @@ class Directory:
     @cached_property
     def _naming(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return self.config, self.json("special_tokens_map.json")
+
+    @cached_property
+    def says_roles(self) -> bool:
+        """Whether this is ChatGLM3's tokenizer rather than ChatGLM2's, whose files may be the same to the byte.
+
+        Later revisions name ChatGLM3's role tokens; of the first ones only names tell: the model's own, or its
+        directory's.
+        """
+        texts = {token.content for token in self.added()} | self.special_names
+        template = self.config.get("chat_template")
+        if ROLES[1] in texts or (isinstance(template, str) and ROLES[1] in template):
+            return True
+        named = (self.config.get("name_or_path"), self.json("config.json").get("_name_or_path"))
+        places = [place.name for place in (self.path.resolve(), *self.path.resolve().parents[:2])]
+        return any("chatglm3" in name.lower() for name in (*named, *places) if isinstance(name, str))
 
     def specials(self, find: Callable[[str], int | None], defaults: Specials) -> Specials:
         """The defaults, with the directory's own roles, `add_bos_token` and `add_eos_token` put over them."""
@@ -191,15 +210,32 @@ def _sentencepiece(directory: Directory) -> BaseTokenizer:
     return tokenizer
 
 
+def image_tokens(model: SpmModel) -> int:
+    """How many image tokens stand before the pieces of an `ice_text.model`, by its make."""
+    return _IMAGES if len(model.pieces) == _FIRST_PIECES else 0
+
+
 def _chatglm(directory: Directory) -> BaseTokenizer:
     name = str(directory.path / "ice_text.model")
     model = SpmModel.parse(directory.read("ice_text.model", limit=32 * MiB), name)
     images = directory.config.get("num_image_tokens")
     if type(images) is not int or not 0 <= images <= _IMAGES:  # the first releases do not say
-        images = _IMAGES if directory.rows >= _WITH_IMAGES else 0
+        images = _IMAGES if directory.rows >= _WITH_IMAGES else image_tokens(model) if not directory.rows else 0
     tokenizer = ChatGLMTokenizer(model, images=images, rows=directory.rows, name=name)
     tokenizer.check_added(directory.added())
     return tokenizer
+
+
+def _glm(directory: Directory) -> BaseTokenizer:
+    """Of ChatGLM2 and all later ones; whatever the class is called, the file says of which make it is."""
+    name = str(directory.path / "tokenizer.model")
+    data = directory.read("tokenizer.model", limit=32 * MiB)
+    if is_ranks(data):
+        return glm4_tokenizer(data, added=directory.added(), rows=directory.rows, name=name)
+    model = SpmModel.parse(data, name)
+    return chatglm2_tokenizer(
+        model, roles=directory.says_roles, added=directory.added(), rows=directory.rows, name=name
+    )
 
 
 def _tokenizer_json(directory: Directory) -> BaseTokenizer:
@@ -217,6 +253,7 @@ KINDS: tuple[Kind, ...] = (
         classes=frozenset({"InternLM2Tokenizer", "InternLMTokenizer", "InternLM3Tokenizer", "LlamaTokenizer"}),
         load=_sentencepiece,
     ),
+    Kind(file="tokenizer.model", classes=frozenset({"ChatGLMTokenizer", "ChatGLM4Tokenizer"}), load=_glm),
     Kind(file="ice_text.model", classes=frozenset({"ChatGLMTokenizer"}), load=_chatglm),
     Kind(file="tokenizer.json", load=_tokenizer_json),
 )
