@@ -21,6 +21,9 @@ from hanlin.layers.linear import Linear
 
 __all__ = ["LowRank", "RowAdapters", "attach"]
 
+# Sums of fewer products round too seldom to show on which path they were made, see `RowPaths`.
+_INNER = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
@@ -40,9 +43,10 @@ class LowRank:
         return int(self.down.shape[0])
 
     def to(self, device: torch.device) -> LowRank:
-        """The same as float32 elsewhere."""
-        down, up = (half.to(device, torch.float32).contiguous() for half in (self.down, self.up))
-        return LowRank(down=down, up=up, scale=self.scale)
+        """The same as float32 elsewhere, with zeros up to a whole number of `_INNER` inner dimensions."""
+        down, up = (half.to(device, torch.float32) for half in (self.down, self.up))
+        more = -self.rank % _INNER
+        return LowRank(down=F.pad(down, (0, 0, 0, more)), up=F.pad(up, (0, more)).contiguous(), scale=self.scale)
 
     def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(down, scale * up) as float32."""
