@@ -16,6 +16,7 @@ from hanlin.serve.body import JsonRoute
 from hanlin.serve.routes.openai_common import (
     Head,
     call_json,
+    ending,
     finished,
     logprobs_json,
     salted,
@@ -95,8 +96,7 @@ def chat_answer(head: Head, body: ChatBody, completions: Sequence[Completion], j
                 "message": _message(head, body, index, done),
                 "logprobs": None if done.logprobs is None else logprobs_json(done.logprobs),
                 "finish_reason": _reason(body, done),
-                "stop_reason": done.stop,
-                "seed": done.seed,
+                **ending(done),
                 **({"token_ids": list(done.ids)} if body.return_token_ids else {}),
             }
         )
@@ -189,7 +189,7 @@ class ChatChunks:
             done = finished(delta.done)
             self.usages[index] = done.usage
             last = self._of(index, {}, _reason(self.body, done))
-            last["choices"][0].update({"stop_reason": done.stop, "seed": done.seed})
+            last["choices"][0].update(ending(done))
             out.append(last)
         return out
 

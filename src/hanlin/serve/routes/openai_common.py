@@ -16,7 +16,7 @@ from hanlin.requests import Job
 from hanlin.serve.call import Call
 from hanlin.types import Completion, TokenLogprob, ToolCall, Usage
 
-__all__ = ["Head", "call_json", "finished", "logprobs_json", "salted", "total_usage", "usage_json"]
+__all__ = ["Head", "call_json", "ending", "finished", "logprobs_json", "salted", "total_usage", "usage_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,11 @@ def finished(done: Completion) -> Completion:
     if done.finish_reason == "abort":
         raise EngineError("the reply was cut off")
     return done
+
+
+def ending(done: Completion) -> dict[str, Any]:
+    """What ended a reply (a stop text or id; None for a call, or the model's own end of a turn) and its seed."""
+    return {"stop_reason": done.stop or None, "seed": done.seed}
 
 
 def call_json(call: ToolCall, answer_id: str, choice: int, number: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hanlin.requests import Job, prompts_of
 from hanlin.serve.ask import Ask
 from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
-from hanlin.serve.routes.openai_common import Head, finished, salted, total_usage, usage_json
+from hanlin.serve.routes.openai_common import Head, ending, finished, salted, total_usage, usage_json
 from hanlin.serve.schemas.completions import CompletionBody
 from hanlin.serve.service import service_of
 from hanlin.serve.stream import DONE, EventStream, event
@@ -118,8 +118,7 @@ def _choice(index: int, body: CompletionBody, opening: Opening, done: Completion
         "text": opening.text + (done.text if done else ""),
         "logprobs": logprobs,
         "finish_reason": done.finish_reason if done else "length",
-        "stop_reason": done.stop if done else None,
-        "seed": done.seed if done else body.seed,
+        **(ending(done) if done else {"stop_reason": None, "seed": body.seed}),
         **(ids if body.return_token_ids else {}),
     }
 
@@ -205,7 +204,7 @@ class CompletionChunks:
             done = finished(delta.done)
             self.usages[index] = done.usage
             last = self._of(index, "", (), [], done.finish_reason)
-            last["choices"][0].update({"stop_reason": done.stop, "seed": done.seed})
+            last["choices"][0].update(ending(done))
             out.append(last)
         return out
 
