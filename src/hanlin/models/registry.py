@@ -97,10 +97,10 @@ FAMILIES: Mapping[str, Family] = {
         cls="LlamaForCausalLM",
         released="InternLM 7B, 20B; base, chat, chat-8k",
         chat="InternLM turns",
-        transformers="none yet",
+        transformers="`hanlin.hf`",
     ),
     "internlm3": Family(
-        module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B", transformers="none yet"
+        module="hanlin.models.llama", cls="LlamaForCausalLM", released="InternLM3 8B", transformers="`hanlin.hf`"
     ),
     "llama": Family(
         module="hanlin.models.llama", cls="LlamaForCausalLM", released="Llama 1 to 3, SmolLM2", gguf=("llama",)
