@@ -12,8 +12,15 @@ from hanlin.errors import need
 
 need("transformers", extra="hf", feature="hanlin.hf")
 
-from hanlin.hf.gpus import load_model_on_gpus  # noqa: E402 - after the check, whose message says what to install
-from hanlin.hf.internlm2 import (  # noqa: E402 - after the check, whose message says what to install
+from hanlin.hf.chatglm import (  # noqa: E402 - after the check, whose message says what to install
+    CHATGLM,
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    ChatGLMModel,
+    ChatGLMTokenizer,
+)
+from hanlin.hf.gpus import load_model_on_gpus  # noqa: E402
+from hanlin.hf.internlm2 import (  # noqa: E402
     FAMILY,
     InternLM2Config,
     InternLM2ForCausalLM,
@@ -38,6 +45,10 @@ from hanlin.hf.llama import (  # noqa: E402
 from hanlin.hf.register import register  # noqa: E402
 
 __all__ = [
+    "ChatGLMConfig",
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMModel",
+    "ChatGLMTokenizer",
     "InternLM2Config",
     "InternLM2ForCausalLM",
     "InternLM2ForRewardModel",
@@ -56,4 +67,4 @@ __all__ = [
     "load_model_on_gpus",
 ]
 
-register(FAMILY, INTERNLM, INTERNLM3)
+register(FAMILY, CHATGLM, INTERNLM, INTERNLM3)

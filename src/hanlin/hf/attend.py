@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ class CacheAttend:
         past: tokens per row that the cache held before this call.
         mask: which tokens count: (N, past + S), nonzero for those that do; or a finished mask (N or 1, H or 1, S, C),
             boolean (True attends) or additive; or None.
+        soft: for each layer keys and values (P, G, K) that every token sees, in front of all others.
         segments: (N, S), equal for tokens that may see each other, for sequences packed into a row; None is one each.
         eager: multiply out the probabilities, instead of one fused operation.
         probabilities: (N, H, S, C) of each layer when `eager`.
@@ -33,6 +35,7 @@ class CacheAttend:
     cache: Cache | None = None
     past: int = 0
     mask: Tensor | None = None
+    soft: Sequence[tuple[Tensor, Tensor]] = ()
     segments: Tensor | None = None
     eager: bool = False
     probabilities: dict[int, Tensor] = field(default_factory=dict)
@@ -51,6 +54,13 @@ class CacheAttend:
         if key not in self._finished:
             self._finished[key] = self._finish(length, context, q.device)
         mask = self._finished[key]
+        if self.soft:
+            k, v = (
+                torch.cat((a.to(b.dtype).transpose(0, 1).expand(len(b), -1, -1, -1), b), 2)
+                for a, b in zip(self.soft[layer], (k, v), strict=True)
+            )
+            assert mask is not None
+            mask = F.pad(mask, (len(self.soft[layer][0]), 0), value=mask.dtype == torch.bool)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         if self.eager:
@@ -66,7 +76,7 @@ class CacheAttend:
         if mask is not None and mask.dim() == 4:
             mask = mask[..., :context].to(device)
             return mask if mask.is_floating_point() else mask.bool()
-        plain = mask is None and self.segments is None
+        plain = mask is None and self.segments is None and not self.soft
         if plain and context == self.past + length and (length == 1 or self.past == 0) and not self.eager:
             return None
         place = torch.arange(self.past, self.past + length, device=device)[:, None]

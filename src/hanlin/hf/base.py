@@ -150,16 +150,20 @@ class HanlinModel(HanlinPreTrainedModel):
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         rows, length = x.shape[:2]
         past = 0 if cache is None else int(cache.get_seq_length())
-        places, segments = _places(position_ids, attention_mask, rows, length, past, x.device)
+        places, mask, segments = self.arrange(
+            input_ids, position_ids, attention_mask, (rows, length, past), cache, x.device
+        )
         attend = CacheAttend(
             rows=rows,
             cache=cache,
             past=past,
-            mask=attention_mask,
+            mask=mask,
+            soft=self.soft_prefix(),
             segments=segments,
             eager=attentions or self.config._attn_implementation == "eager",
         )
-        rotation = self.rope(Positions(places.reshape(1, -1), self._lengths(places, segments, cache, past)))
+        lengths = self._lengths(places[0], segments, cache, past)
+        rotation = self.rope(Positions(places.reshape(len(places), -1), lengths))
         x = x.flatten(0, 1)
         states = []
         for index, block in enumerate(self.blocks):
@@ -177,6 +181,23 @@ class HanlinModel(HanlinPreTrainedModel):
             attentions=tuple(attend.probabilities[i] for i in range(len(self.blocks))) if attentions else None,
         )
         return output if _as_dict(self, return_dict) else output.to_tuple()
+
+    def soft_prefix(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (P, G, K) for each layer that all tokens see, see `PrefixEncoder`."""
+        return []
+
+    def arrange(
+        self,
+        ids: Tensor | None,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        shape: tuple[int, int, int],
+        cache: Cache | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Positions (rows of them, N, S), mask and segments for `CacheAttend`. `shape` is N, S, cached tokens."""
+        places, segments = _places(position_ids, mask, *shape, device)
+        return places[None], mask, segments
 
     def _cache(self, given: Cache | None, wanted: bool | None, checkpointing: bool) -> Cache | None:
         wanted = self.config.use_cache if wanted is None else wanted

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -46,6 +47,7 @@ class HFFamily:
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
     classifier: type[PreTrainedModel] | None = None
+    seq2seq: type[PreTrainedModel] | None = None
     others: tuple[type[PreTrainedModel], ...] = ()
     slow_tokenizer: type[PreTrainedTokenizer]
     fast_tokenizer: type[PreTrainedTokenizerFast] | None = None
@@ -62,6 +64,8 @@ def register(*families: HFFamily) -> None:
         AutoModelForCausalLM.register(family.config, family.causal_lm, exist_ok=True)
         if family.classifier is not None:
             AutoModelForSequenceClassification.register(family.config, family.classifier, exist_ok=True)
+        if family.seq2seq is not None:
+            AutoModelForSeq2SeqLM.register(family.config, family.seq2seq, exist_ok=True)
         AutoTokenizer.register(
             family.config,
             slow_tokenizer_class=family.slow_tokenizer,

@@ -44,7 +44,7 @@ def to_hanlin(tokenizer: PreTrainedTokenizerBase) -> BaseTokenizer:
     if size == len(tokenizer) and known is not None:
         return known  # type: ignore[no-any-return]
     made: BaseTokenizer
-    if isinstance(tokenizer, SlowSentencePiece):
+    if hasattr(tokenizer, "make_hanlin"):
         made = tokenizer.make_hanlin()
     elif isinstance(tokenizer, PreTrainedTokenizerFast):
         data = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -78,6 +78,11 @@ class ChatGLMTokenizer(BaseTokenizer):
         specials = Specials(bos=sop, eos=ids["<eop>"], unk=ids["<unk>"], pad=ids["<pad>"], suffix=(ids["[gMASK]"], sop))
         super().__init__(table, specials, {piece: ids[piece] for piece in (*_NAMES, "<s>", "</s>", "<pad>")})
 
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """What each id is called."""
+        return self._table.pieces
+
     def check_added(self, added: Iterable[AddedToken]) -> None:
         """Raises:
         TokenizerError: tokens that the vocabulary does not have already: the released classes could not add any.
