@@ -17,7 +17,7 @@ from hanlin.engine.speculative import PromptLookup
 from hanlin.layers.lora import LowRank
 from hanlin.types import SamplingParams
 
-KINDS = ["torch-float32", "torch-bfloat16", "float32", "bfloat16", "int8-kv8"]
+KINDS = ["torch-float32", "float32", "bfloat16", "int8-kv8"]
 PARAMS = [pytest.param(name, marks=[] if name.startswith("torch") else needs_native, id=name) for name in KINDS]
 RANKS = (3, 16, 40)
 
