@@ -49,18 +49,18 @@ class Constraint:
 
     Attributes:
         kind: of it.
-        value: JSON text of the schema (a mapping is turned into it), the regular expression (Rust's syntax, the whole
-            reply must match), the texts to choose from, the grammar (Lark, in llguidance's dialect), or "".
+        value: text: JSON of the schema (a mapping is turned into it), the regular expression (Rust's syntax, the whole
+            reply must match), the grammar (Lark, in llguidance's dialect), or ""; for a choice, a tuple of texts.
 
     Raises:
         RequestError: naming everything that is malformed or beyond bounds.
     """
 
     kind: Kind
-    value: str | tuple[str, ...] = ""
+    value: Any = ""
 
     def __post_init__(self) -> None:
-        value: Any = self.value
+        value = self.value
         if self.kind == "json_schema" and isinstance(value, Mapping):
             object.__setattr__(self, "value", _dump(value))
         elif self.kind == "choice" and isinstance(value, Sequence) and not isinstance(value, str):

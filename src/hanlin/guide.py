@@ -6,8 +6,10 @@ the bounds on them: what one reply may still be would depend on replies before i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ __all__ = ["Grammar", "Grammars", "Matcher", "Texts"]
 _SECONDS = 20.0  # for compiling
 _AT_ONCE = 2
 _STACK = 64 << 20  # rules and references are followed recursively
+_STACKS = threading.Lock()  # the size of new threads' stacks is one number for the whole process
 # JSON as people and models write it, on one line or on many; bounded, or a weak model writes blanks for ever.
 _BLANKS = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}
 
@@ -113,7 +116,7 @@ class Grammars:
         kind, value = constraint.kind, constraint.value
         grammar: dict[str, Any]
         if kind in ("json_object", "json_schema"):
-            schema = {"type": "object"} if kind == "json_object" else json.loads(str(value))
+            schema = {"type": "object"} if kind == "json_object" else json.loads(value)
             options = schema.get("x-guidance")
             schema["x-guidance"] = {**_BLANKS, **(options if isinstance(options, dict) else {})}
             grammar = {"json_schema": schema}
@@ -122,7 +125,7 @@ class Grammars:
             grammar = {"lark_grammar": f"start: TEXT\nTEXT: {texts}"}
         elif kind == "regex":
             # digits are ASCII, as whoever reads them expects; other classes are Unicode's
-            grammar = {"lark_grammar": f"start: TEXT\nTEXT: /{llguidance.regex_to_lark(str(value), 'd')}/"}
+            grammar = {"lark_grammar": f"start: TEXT\nTEXT: /{llguidance.regex_to_lark(value, 'd')}/"}
         else:
             grammar = {"lark_grammar": value}
         return self._led(grammar)
@@ -134,12 +137,8 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
-        from llguidance._tokenizer import TokenizerWrapper
-
-        wrapped = TokenizerWrapper(_Vocabulary(self))
-        tokenizer = llguidance.LLTokenizer(wrapped, n_vocab=self.size + 1, eos_token=self.size)
-        self._greedy = tokenizer.greedy_tokenize
-        return tokenizer
+        vocabulary = _Vocabulary(self)
+        return llguidance.LLTokenizer(vocabulary, n_vocab=self.size + 1, eos_token=self.size)  # type: ignore[arg-type]
 
     def _natural(self, token: int) -> tuple[bool, bool, int]:
         """Orders ids of one text by which of them a tokenizer would write."""
@@ -155,7 +154,7 @@ class Grammars:
                 return ids
         except Exception:  # llguidance ends the reply when its call fails, and there is another way
             pass
-        return list(self._greedy(text))
+        return self._tokenizer.greedy_tokenize(text)
 
     @cached_property
     def kept(self) -> list[bytes]:
@@ -189,18 +188,34 @@ class Grammars:
 
 
 class _Vocabulary:
-    """What llguidance's wrapper wants of a tokenizer."""
+    """What llguidance wants of a tokenizer: the attributes of its `TokenizerWrapper`, read once, and ids of a text.
 
+    llguidance keeps it for as long as its own tokenizer, which the grammars keep: it must not keep the grammars.
+    """
+
+    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, grammars: Grammars) -> None:
-        self._grammars = grammars
+        self._grammars = weakref.ref(grammars)
         self.eos_token_id = grammars.size
-        self.tokens = grammars.kept
-        self.special_token_ids = grammars.special_ids
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self._grammars.canonical(text.decode() if isinstance(text, bytes) else text)
+    @property
+    def tokens(self) -> list[bytes]:
+        return self._alive.kept
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        return self._alive.special_ids
+
+    def __call__(self, text: str) -> list[int]:
+        return self._alive.canonical(text)
+
+    @property
+    def _alive(self) -> Grammars:
+        grammars = self._grammars()
+        assert grammars is not None
+        return grammars
 
 
 class Grammar:
@@ -264,7 +279,7 @@ class Matcher:
 def _reason(inner: llguidance.LLMatcher) -> str:
     """The first lines of an error: without the state of the parser, which repeats the grammar."""
     text = inner.get_error().partition("<state>")[0].partition("<non-verbose/>")[0].strip()
-    if not text or "NoExtension" in inner.stop_reason():
+    if not text or "NoExtension" in text + inner.stop_reason():
         return "nothing can meet it"
     return text.partition("<backtrace>")[0][:400].strip()
 
@@ -272,13 +287,12 @@ def _reason(inner: llguidance.LLMatcher) -> str:
 def _roomy_thread(work: Callable[[], None]) -> threading.Thread:
     """A started thread with a large stack, of which only what is used takes memory."""
     thread = threading.Thread(target=work, name="hanlin-grammar", daemon=True)
-    try:
-        before = threading.stack_size(_STACK)
-    except (ValueError, RuntimeError):  # not to be had here
-        thread.start()
-        return thread
-    try:
-        thread.start()
-    finally:
-        threading.stack_size(before)
+    with _STACKS:
+        before = threading.stack_size()
+        with contextlib.suppress(ValueError, RuntimeError):  # not to be had here
+            threading.stack_size(_STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
     return thread
