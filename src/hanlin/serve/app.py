@@ -25,6 +25,7 @@ from hanlin.serve.routes import (
     openai_chat,
     openai_completions,
     openai_embeddings,
+    openai_responses,
     page,
     tokens,
 )
@@ -40,6 +41,7 @@ ROUTERS = (
     openai_chat.router,
     openai_completions.router,
     openai_embeddings.router,
+    openai_responses.router,
     tokens.router,
     adapters.router,
     anthropic.router,

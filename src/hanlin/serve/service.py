@@ -15,6 +15,7 @@ from hanlin.serve.conversations import Conversations
 from hanlin.serve.keys import Rates
 from hanlin.serve.models import Models
 from hanlin.serve.observe import Observer
+from hanlin.serve.responses import Responses
 from hanlin.serve.settings import ServeConfig
 
 __all__ = ["Service", "service_of"]
@@ -39,6 +40,7 @@ class Service:
         self.observer = Observer(config, self.models, self.rates)
         self.started = time.time()
         self.conversations = Conversations()
+        self.responses = Responses()
         self.draining = False
         self.stopped = asyncio.Event()
         self.compilers = ThreadPoolExecutor(_COMPILERS, "hanlin-compile")
@@ -80,6 +82,7 @@ class Service:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        self.responses.close()
         self.observer.close()
         await self.models.close()
         self.compilers.shutdown(wait=False, cancel_futures=True)

@@ -109,7 +109,7 @@ def chat_answer(head: Head, body: ChatBody, completions: Sequence[Completion], j
 
 
 def _message(head: Head, body: ChatBody, index: int, done: Completion) -> dict[str, Any]:
-    calls = [call_json(call, head.id, index, number) for number, call in enumerate(done.tool_calls)]
+    calls = [call_json(call, head.call_name(index, number)) for number, call in enumerate(done.tool_calls)]
     message: dict[str, Any] = {
         "role": "assistant",
         "content": None if calls and not done.text else done.text,
@@ -194,7 +194,7 @@ class ChatChunks:
         return out
 
     def _call(self, index: int, number: int, call: ToolCall) -> dict[str, Any] | None:
-        given = call_json(call, self.head.id, index, number)
+        given = call_json(call, self.head.call_name(index, number))
         if self.body.legacy:
             return None if number else {"function_call": given["function"]}
         return {"tool_calls": [{"index": number, **given}]}

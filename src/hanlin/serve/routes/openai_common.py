@@ -16,7 +16,17 @@ from hanlin.requests import Job
 from hanlin.serve.call import Call
 from hanlin.types import Completion, TokenLogprob, ToolCall, Usage
 
-__all__ = ["Head", "call_json", "ending", "finished", "logprobs_json", "salted", "total_usage", "usage_json"]
+__all__ = [
+    "Head",
+    "call_json",
+    "ending",
+    "finished",
+    "logprob_json",
+    "logprobs_json",
+    "salted",
+    "total_usage",
+    "usage_json",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,10 @@ class Head:
         parts = (__version__, call.lease.served.name, call.lease.adapter, type(runner).__name__, runner.weight_bytes)
         digest = hashlib.sha256(repr(parts).encode("utf-8", "replace")).hexdigest()
         return cls(id=prefix + secrets.token_hex(12), model=call.model, fingerprint="fp_" + digest[:12])
+
+    def call_name(self, choice: int, number: int) -> str:
+        """What tells a call from all others."""
+        return f"{self.id.rpartition('-')[2]}_{choice}_{number}"
 
     def json(self, kind: str) -> dict[str, Any]:
         return {
@@ -72,12 +86,12 @@ def ending(done: Completion) -> dict[str, Any]:
     return {"stop_reason": done.stop or None, "seed": done.seed}
 
 
-def call_json(call: ToolCall, answer_id: str, choice: int, number: int) -> dict[str, Any]:
-    """A call as a function's; an interpreter is a function of `code`. Its id is unique over conversations."""
+def call_json(call: ToolCall, name: str) -> dict[str, Any]:
+    """A call as a function's; an interpreter is a function of `code`. `name` is to be unique over conversations."""
     code = call.kind == "interpreter"
     arguments = json.dumps({"code": call.arguments}, ensure_ascii=False) if code else call.arguments
     return {
-        "id": f"call_{answer_id.rpartition('-')[2]}_{choice}_{number}",
+        "id": f"call_{name}",
         "type": "function",
         "function": {"name": call.name, "arguments": arguments},
     }

@@ -13,7 +13,7 @@ from hanlin.serve.errors import ApiError
 from hanlin.serve.schemas.sampling import Body, SamplingBody
 from hanlin.types import Message, Tool, ToolCall
 
-__all__ = ["ChatBody", "ChatMessage", "chosen", "read_tools"]
+__all__ = ["ChatBody", "ChatMessage", "FunctionCall", "Part", "call_of", "chosen", "read_tools", "text_of"]
 
 _ROLES = {"developer": "system", "function": "tool", "environment": "tool", "observation": "tool"}
 _MOST_TOOLS = 256
@@ -187,19 +187,20 @@ def chosen(tools: tuple[Tool, ...], choice: Any) -> tuple[tuple[Tool, ...], Any]
 
 
 def _message(message: ChatMessage, where: str, interpreters: set[str], found: list[str]) -> Message:
-    calls = [_call(call.function, call.id or "", interpreters) for call in message.tool_calls or ()]
+    calls = [call_of(call.function, call.id or "", interpreters) for call in message.tool_calls or ()]
     if message.function_call is not None and not calls:
-        calls = [_call(message.function_call, "", interpreters)]
+        calls = [call_of(message.function_call, "", interpreters)]
     return Message(
         role=_ROLES.get(message.role, message.role),
-        content=_text(message.content, where, found),
+        content=text_of(message.content, where, found),
         name=message.name or None,
         tool_calls=tuple(calls),
         tool_call_id=message.tool_call_id,
     )
 
 
-def _text(content: str | list[Part] | None, where: str, found: list[str]) -> str:
+def text_of(content: str | list[Part] | None, where: str, found: list[str]) -> str:
+    """The text of a content; what is wrong with its parts is added to `found`."""
     if not isinstance(content, list):
         return content or ""
     texts = []
@@ -213,7 +214,8 @@ def _text(content: str | list[Part] | None, where: str, found: list[str]) -> str
     return "".join(texts)
 
 
-def _call(function: FunctionCall, call_id: str, interpreters: set[str]) -> ToolCall:
+def call_of(function: FunctionCall, call_id: str, interpreters: set[str]) -> ToolCall:
+    """A call of earlier turns; that of an interpreter, which clients know as a function of `code`, as its code."""
     arguments = function.arguments
     if function.name in interpreters:
         value = arguments
