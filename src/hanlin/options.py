@@ -29,7 +29,7 @@ class EngineConfig:
         max_batch_size: sequences computed together at most.
         max_prefill_token_num: tokens of one step at most; longer prompts are cut into chunks.
         weights: how a CPU keeps them: auto (blocks of a GGUF file as they are, else `dtype`), float32, bfloat16, int8,
-            int4. The integer kinds have groups of 32; the head and a tied embedding keep 8 bits.
+            int4. The integer kinds have groups of 32; the head and the embedding keep 8 bits.
         kv_cache: auto (as `dtype`), float32, bfloat16, int8 or int4; on a CPU.
         quant_policy: LMDeploy's word for it: 8 and 4 are int8 and int4.
         runner: auto, native (the CPU library) or torch (any device, the reference).

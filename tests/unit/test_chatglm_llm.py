@@ -149,7 +149,7 @@ def test_quantised_checkpoints(model: Path, tmp_path: Path, bits: int, stored: t
         assert down.by_row and down.kind.name == f"INT{bits}" and lowering.head.kind.name == "INT8"
         held = llm.engine.runner._context.unpack(down.weight)  # type: ignore[attr-defined]
         assert (held == dense.numpy()).all()
-        assert lowering.table.dtype == torch.float16
+        assert lowering.table is None and lowering.embedding.kind.name == "INT8"
         got = llm.score("你好 the cat sat")[0].logprobs[1:]
         assert len(llm.chat("the cat", temperature=0, max_tokens=5).ids) == len(answer)
     assert max(abs(a - b) for a, b in zip(got, want, strict=True)) < 0.3

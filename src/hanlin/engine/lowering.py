@@ -35,7 +35,7 @@ class WeightKind(NamedTuple):
     head_group: int
 
 
-# The head and a tied embedding keep 8 bits when the rest has 4: their errors reach the logits directly.
+# The head and the embedding keep 8 bits when the rest has 4: the head's errors reach the logits directly.
 KINDS: Mapping[str, WeightKind] = {
     "float32": WeightKind(Kind.F32, 0, Kind.F32, 0),
     "bfloat16": WeightKind(Kind.BF16, 0, Kind.BF16, 0),
@@ -137,7 +137,7 @@ class Lowering:
         self.tied = parts.tied
         self._embedding = self._names[id(parts.embedding.weight)]
         self._embedding_shape = tuple(parts.embedding.weight.shape)
-        # An embedding of its own is kept as blocks if it comes as blocks, else as a plain table.
+        # An embedding of its own is kept as the head is where weights have few bits, else as a plain table.
         self.embedding: Slot | None = None
         self.table: Tensor | None = None
         self.parts = parts
@@ -161,10 +161,13 @@ class Lowering:
 
         `files` gives the model's files and the state they are in: numbers that change when a file does.
         """
-        if not self.tied and set(stored[self._embedding]) & {*_LOSSLESS, *_BY_ROW} and self._weights == "auto":
-            rows, width = self._embedding_shape
-            self.embedding = Slot(out=rows, in_=width, places={self._embedding: np.arange(rows, dtype=np.int32)})
         self._few = any(set(dtypes) & set(_BY_ROW) for dtypes in stored.values())
+        rows, width = self._embedding_shape
+        auto = self._weights == "auto" and (self._few or set(stored[self._embedding]) & set(_LOSSLESS))
+        whole = self._weights in ("int8", "int4") and width % KINDS[self._weights].head_group == 0
+        if not self.tied and (auto or whole):
+            places = {self._embedding: np.arange(rows, dtype=np.int32)}
+            self.embedding = Slot(out=rows, in_=width, head=True, places=places)
         found = []
         for slot in self.slots:
             self._choose(slot, {dtype for name in slot.places for dtype in stored[name]})
