@@ -52,7 +52,7 @@ class AsyncLLM(AsyncJudging):
         self, prompts: Any, sampling: SamplingParams | None = None, *, adapter: str | None = None, **overrides: Any
     ) -> list[Completion]:
         """See `LLM.generate`."""
-        jobs = adapted(self.llm.requests.prompt_jobs(prompts, sampling, overrides), adapter)
+        jobs = adapted(await asyncio.to_thread(self.llm.requests.prompt_jobs, prompts, sampling, overrides), adapter)
         return await self.start(jobs, stream=False).completions()
 
     async def chat(
@@ -65,7 +65,8 @@ class AsyncLLM(AsyncJudging):
         **overrides: Any,
     ) -> Any:
         """See `LLM.chat`."""
-        many, jobs = self.llm.requests.chat_jobs(messages, sampling, tools, overrides)
+        make = self.llm.requests.chat_jobs  # in a thread: long prompts and constraints take their time
+        many, jobs = await asyncio.to_thread(make, messages, sampling, tools, overrides)
         out = await self.start(adapted(jobs, adapter), stream=False).completions()
         return out if many else out[0]
 
@@ -80,7 +81,8 @@ class AsyncLLM(AsyncJudging):
         **overrides: Any,
     ) -> AsyncIterator[Delta]:
         """See `LLM.stream`. What came while the caller was busy comes as one delta."""
-        jobs = adapted([self.llm.requests.stream_job(messages, sampling, tools, prompt, overrides)], adapter)
+        job = await asyncio.to_thread(self.llm.requests.stream_job, messages, sampling, tools, prompt, overrides)
+        jobs = adapted([job], adapter)
         running = self.start(jobs, stream=True)
         try:
             async for deltas in running:

@@ -124,7 +124,7 @@ class Reply:
         self._deliver(error)
 
     def _take(self, events: list[ReplyEvent]) -> tuple[str, tuple[ToolCall, ...]]:
-        text, calls = "", []
+        text, calls = "", list[ToolCall]()
         for event in events:
             text += self._stops.push(event.text, search=self._count >= self._sampling.min_tokens)
             full = self._one_call and (self._calls or calls)

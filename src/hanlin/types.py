@@ -271,9 +271,10 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 yield f"{name} must be true or false, not {getattr(self, name)!r}"
-        if not isinstance(self.constraint, Constraint | None):
-            yield f"constraint must be a Constraint, not {type(self.constraint).__name__}"
         bias: object = self.logit_bias
+        constraint: object = self.constraint
+        if not isinstance(constraint, Constraint | None):
+            yield f"constraint must be a Constraint, not {type(constraint).__name__}"
         if not isinstance(bias, Mapping):
             yield f"logit_bias must map ids to numbers, not {type(bias).__name__}"
         else:
