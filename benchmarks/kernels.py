@@ -69,7 +69,7 @@ def main() -> None:
                 before = read_bandwidth(threads=context.threads)
                 found = measure(context, kind, group, wide, out, width, options.repeats)
                 speed = max(before, read_bandwidth(threads=context.threads))
-                label = f"{name.lower()}{f' {group}' if group else ''}{', 16-bit inputs' if wide else ''}"
+                label = f"{name.lower()}{f' {group}' if group else ''}{', 12-bit inputs' if wide else ''}"
                 row = [label, speed, *(f"{gb:.1f} ({gb / speed:.0%})" for gb, _ in found[:2])]
                 table.append([*row, *(f"{ops:.0f}" for _, ops in found[2:])])
                 print(*table[-1], flush=True)

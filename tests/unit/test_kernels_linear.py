@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not native.library_path().exists(), reason="the CPU library is not built: python -m hanlin.kernels.build"
 )
 
-ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "portable")
+ISAS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "portable")
 KINDS = (
     (Kind.F32, 0),
     (Kind.BF16, 0),
@@ -33,7 +33,7 @@ KINDS = (
     *((kind, group) for kind in (Kind.INT8, Kind.INT4, Kind.INT4_MIN, Kind.INT4_ZERO) for group in (32, 64, 128)),
 )
 INTEGER_KINDS = tuple(pair for pair in KINDS if pair[0] >= Kind.INT8_ROW)
-# Integer kinds round what they multiply to 8 bits, or to 16 ("wide").
+# Integer kinds round what they multiply to 8 bits, or to 12 ("wide").
 WAYS = (*((*pair, False) for pair in KINDS), *((*pair, True) for pair in INTEGER_KINDS))
 # Shapes that a kind might stumble over: one output, a tile but for one, a tile and one, a few tiles.
 SHAPES = ((1, 128), (31, 128), (33, 256), (100, 384))
@@ -86,8 +86,8 @@ def rounded(kind: Kind, x: Array, wide: bool = False) -> Array:
     codes = np.rint(subs * inverse).astype(np.float64)
     scale = (top / np.float32(127)).astype(np.float64)
     if wide:
-        rest = (subs - codes * scale).astype(np.float32) * (np.float32(256) * inverse)
-        codes += np.rint(np.clip(rest, -127, 127)) / 256
+        rest = (subs - codes * scale).astype(np.float32) * (np.float32(16) * inverse)
+        codes += np.rint(np.clip(rest, -8, 8)) / 16
     return (codes * scale).reshape(rows, -1)[:, :width]
 
 
@@ -122,7 +122,7 @@ def test_wide_inputs_lose_next_to_nothing(best: Context, kind: Kind, group: int)
     x = rng.standard_normal((9, 256), dtype=np.float32) * np.exp(rng.standard_normal((9, 256), dtype=np.float32))
     expected = x.astype(np.float64) @ best.unpack(weight).astype(np.float64).T
     error = np.abs(best.linear(weight, x) - expected)
-    assert np.sqrt((error**2).mean()) < 1e-4 * np.sqrt((expected**2).mean())
+    assert np.sqrt((error**2).mean()) < 1e-3 * np.sqrt((expected**2).mean())
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16, Kind.INT8_ROW])
@@ -138,7 +138,7 @@ def test_ungrouped_kinds_take_any_width(context: Context, kind: Kind, width: int
 @pytest.mark.parametrize(("kind", "group"), INTEGER_KINDS)
 def test_integer_kinds_are_the_same_on_every_instruction_set(kind: Kind, group: int, wide: bool) -> None:
     rng = np.random.default_rng(3)
-    matrix, x = rng.standard_normal((70, 256), dtype=np.float32), rng.standard_normal((9, 256), dtype=np.float32)
+    matrix, x = rng.standard_normal((70, 256), dtype=np.float32), rng.standard_normal((43, 256), dtype=np.float32)
     results = []
     for name in native.supported_isas():
         with Context(1, name) as context:
@@ -150,7 +150,7 @@ def test_integer_kinds_are_the_same_on_every_instruction_set(kind: Kind, group: 
 def test_extreme_codes_do_not_saturate(context: Context) -> None:
     x = np.full((4, 128), 5.0, dtype=np.float32)  # every code 127
     x[1] *= -1
-    x[2, 1:] = 5.0 / 127 * 126.499  # and every second eight bits 127
+    x[2, 1:] = 5.0 / 127 * 126.499  # and every second four bits 8
     for kind, codes in ((Kind.INT8, (0, 1, 255)), (Kind.INT4, (0, 15)), (Kind.INT4_ZERO, (0, 15))):
         for code in codes:
             for wide in (False, True):
@@ -184,13 +184,39 @@ def test_a_row_has_one_result(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("kind", "group", "wide"), WAYS)
-def test_many_rows_equal_few(best: Context, kind: Kind, group: int, wide: bool) -> None:
+@pytest.mark.parametrize("width", [128, 1152])
+def test_many_rows_equal_few(best: Context, kind: Kind, group: int, wide: bool, width: int) -> None:
+    """Whether matrix units or vectors compute them, and however many rows they take at a time."""
     rng = np.random.default_rng(5)
-    weight = packed(best, kind, group, rng.standard_normal((96, 256), dtype=np.float32), wide)
-    x = rng.standard_normal((131, 256), dtype=np.float32)
-    many = best.linear(weight, x)
-    for first in range(0, 131, 10):
-        np.testing.assert_array_equal(best.linear(weight, x[first : first + 10]), many[first : first + 10])
+    weight = packed(best, kind, group, rng.standard_normal((165, width), dtype=np.float32), wide)
+    x = rng.standard_normal((275, width), dtype=np.float32) * np.exp(rng.standard_normal((275, 1), dtype=np.float32))
+    x[7, :40] = 1e-40  # denormal
+    many = np.full((277, 165), 5, dtype=np.float32)
+    best.linear(weight, x, out=many[1:-1])
+    assert (many[[0, -1]] == 5).all()
+    first = 1
+    for rows in (1, 3, 6, 7, 8, 9, 12, 13, 16, 17, 31, 33, 64):
+        few = best.linear(weight, x[first - 1 : first - 1 + rows])
+        np.testing.assert_array_equal(few, many[first : first + rows])
+        first += rows
+    close(many[1:-1], rounded(kind, x, wide), best.unpack(weight))
+
+
+@pytest.mark.parametrize("width", [33, 47, 640])
+def test_matrix_units_round_bfloat16_as_vectors_do(width: int) -> None:
+    """Few rows are computed in float32 as AMX's tiles compute many, tiny numbers too."""
+    if "amx" not in native.supported_isas():
+        pytest.skip("amx: not compiled, or not on this CPU")
+    rng = np.random.default_rng(width)
+    patterns = rng.integers(0, 1 << 16, (2, 96, width), dtype=np.uint32)
+    exponents = rng.integers(0, 254, (2, 96, 1), dtype=np.uint32)  # of a row: not all so wide apart that one decides
+    exponents = np.minimum(254, exponents + rng.integers(0, 3, (2, 96, width), dtype=np.uint32))
+    values = ((patterns & 0x807F | exponents << 7) << 16).view(np.float32)
+    with Context(2, "amx") as context:
+        weight = packed(context, Kind.BF16, 0, values[0])
+        many = context.linear(weight, values[1])
+        few = np.concatenate([context.linear(weight, values[1, i : i + 3]) for i in range(0, 96, 3)])
+    np.testing.assert_array_equal(few, many)
 
 
 @pytest.mark.parametrize(("kind", "group"), KINDS)

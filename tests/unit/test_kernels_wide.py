@@ -1,4 +1,4 @@
-"""Products with inputs of 16 bits: finer than 8, and as indifferent to company."""
+"""Products with inputs of 12 bits: finer than 8, and as indifferent to company."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = [(Kind.INT8_ROW, 0), (Kind.INT8, 32), (Kind.INT4, 32), (Kind.INT4_MIN, 6
 
 @pytest.mark.parametrize("isa", supported_isas() if available() else [])
 @pytest.mark.parametrize(("kind", "group"), KINDS)
-def test_sixteen_bits_are_nearly_exact(isa: str, kind: Kind, group: int) -> None:
+def test_twelve_bits_are_nearly_exact(isa: str, kind: Kind, group: int) -> None:
     rng = np.random.default_rng()
     w = rng.standard_normal((70, 256)).astype(np.float32)
     x = rng.standard_normal((13, 256)).astype(np.float32) * np.exp(rng.standard_normal((13, 1))).astype(np.float32)
@@ -30,7 +30,7 @@ def test_sixteen_bits_are_nearly_exact(isa: str, kind: Kind, group: int) -> None
             errors[wide] = np.abs(out - exact).max() / np.abs(exact).max()
             alone = np.stack([context.linear(weight, row[None].copy())[0] for row in x])
             assert np.array_equal(out, alone)
-    assert errors[True] < 1e-4 and errors[True] < errors[False] / 20
+    assert errors[True] < 3e-3 and errors[True] < errors[False] / 6
 
 
 def test_every_instruction_set_gives_the_same_bits() -> None:

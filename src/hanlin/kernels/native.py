@@ -352,7 +352,7 @@ class PackedWeight:
         kind: how values are stored.
         out, in_: rows and columns; `y = x @ w.T`.
         group: columns that share a scale: 32, 64 or 128 for grouped kinds (in_ must be a multiple), else 0.
-        wide: integer kinds round what they multiply to 16 bits instead of 8; the packed bytes are the same.
+        wide: integer kinds round what they multiply to 12 bits instead of 8; the packed bytes are the same.
         nbytes: its size.
 
     Raises:

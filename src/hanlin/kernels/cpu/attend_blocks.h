@@ -20,19 +20,6 @@
 namespace hl::HL_VARIANT {
 namespace {
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define HL_UNROLL _Pragma("GCC unroll 16")
-#else
-#define HL_UNROLL _Pragma("unroll")
-#endif
-
-// The innermost loops are functions of their own: within a large one the compiler runs out of registers for their sums.
-#if defined(__GNUC__)
-#define HL_APART static __attribute__((noinline))
-#else
-#define HL_APART static
-#endif
-
 constexpr int span_groups = HL_SPAN / HL_SLOTS;
 
 // Where the keys, values and parameters of a span's groups of HL_SLOTS slots are.

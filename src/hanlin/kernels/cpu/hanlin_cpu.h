@@ -40,8 +40,9 @@ HL_API const char* hl_last_error(void); /* of this thread's last failing call; n
 
 /* ---- instruction sets and threads ---------------------------------------------------------------------------- */
 
-/* Names, best first: "avx512_bf16" (AVX-512 F/BW/DQ/VL + VNNI + BF16), "avx512_vnni", "avx512", "avx2_vnni" (AVX2 + FMA
- * + F16C + AVX-VNNI), "avx2", "neon" (AArch64 with dot product), "portable". Only those compiled for this architecture
+/* Names, best first: "amx" (all of the next one, and AMX's tiles of INT8 and BF16, if the system grants them),
+ * "avx512_bf16" (AVX-512 F/BW/DQ/VL + VNNI + BF16), "avx512_vnni", "avx512", "avx2_vnni" (AVX2 + FMA + F16C +
+ * AVX-VNNI), "avx2", "neon" (AArch64 with dot product), "portable". Only those compiled for this architecture
  * are listed. */
 HL_API int32_t hl_isa_count(void);
 HL_API const char* hl_isa_list(int32_t index);     /* NULL beyond the end */
@@ -103,9 +104,9 @@ typedef struct hl_weight {
   int32_t inputs;  /* hl_inputs: how finely integer kinds round what they multiply; the packed bytes are the same */
 } hl_weight;
 
-/* Integer kinds round 32 inputs at a time to whole numbers with a common scale: to 8 bits, or to 16, which are two
- * products of 8 instead of one. Sixteen cost arithmetic (many rows), not memory (few). */
-typedef enum hl_inputs { HL_INPUTS_8 = 0, HL_INPUTS_16 = 1 } hl_inputs;
+/* Integer kinds round 32 inputs at a time to whole numbers with a common scale: to 8 bits, or to 12, which are two
+ * products of 8 instead of one. Twelve cost arithmetic (many rows), not memory (few). */
+typedef enum hl_inputs { HL_INPUTS_8 = 0, HL_INPUTS_12 = 1 } hl_inputs;
 
 /* Bytes of a packed weight, or a negative hl_status. */
 HL_API int64_t hl_packed_bytes(int32_t kind, int64_t out, int64_t in, int32_t group);
@@ -153,7 +154,7 @@ enum {
 
 /* y (rows, out) = x (rows, in) @ weight.T + bias. bias (out,) in the weight's order of outputs, or NULL.
  * Integer kinds round x to int8, symmetric, per row and per 32 inputs (scale = absmax / 127, to nearest even), and with
- * HL_INPUTS_16 what that leaves to 1 / 256 of the scale; HL_BF16 rounds x to bfloat16. A row with a value that is not
+ * HL_INPUTS_12 what that leaves to 1 / 16 of the scale; HL_BF16 rounds x to bfloat16. A row with a value that is not
  * finite gives NaN, in that row only. */
 HL_API int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* x, int64_t ldx, int64_t rows, float* y,
                          int64_t ldy, const float* bias, int32_t flags);

@@ -10,12 +10,16 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
-// The build names every variant it compiled: HL_VARIANTS(V) is V(avx512_bf16) V(avx512_vnni) ... V(portable).
+// The build names every variant it compiled: HL_VARIANTS(V) is V(amx) V(avx512_bf16) ... V(portable).
 #include "variants.h"
 
 namespace hl {
@@ -33,8 +37,18 @@ namespace {
 #if defined(__x86_64__) || defined(_M_X64)
 
 struct Features {
-  bool avx2 = false, avx_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false;
+  bool avx2 = false, avx_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx = false;
 };
+
+// Linux grants a process the registers of AMX's tiles when it asks; to all its threads, now and for good.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 void cpuid(unsigned leaf, unsigned subleaf, unsigned out[4]) {
 #if defined(_MSC_VER)
@@ -74,9 +88,12 @@ Features detect() {
   f.avx512 = f.avx2 && (state & 0xE0) == 0xE0 && (r7[b] & wanted) == wanted;
   f.avx512_vnni = f.avx512 && (r7[c] >> 11 & 1);
   f.avx512_bf16 = f.avx512_vnni && (r71[a] >> 5 & 1);
+  const unsigned tiles = 1u << 22 | 1u << 24 | 1u << 25;  // BF16, TILE, INT8
+  f.amx = f.avx512_bf16 && (r7[d] & tiles) == tiles && (state & 0x60000) == 0x60000;
   return f;
 }
 
+[[maybe_unused]] bool has_amx() { return detect().amx && tiles_granted(); }
 [[maybe_unused]] bool has_avx512_bf16() { return detect().avx512_bf16; }
 [[maybe_unused]] bool has_avx512_vnni() { return detect().avx512_vnni; }
 [[maybe_unused]] bool has_avx512() { return detect().avx512; }

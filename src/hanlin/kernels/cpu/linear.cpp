@@ -7,7 +7,7 @@ namespace hl {
 const char* weight_problem(const hl_weight& w) {
   constexpr int64_t most = int64_t{1} << 31;
   if (w.kind < HL_F32 || w.kind > HL_INT4_ZERO) return "unknown kind";
-  if (w.inputs != HL_INPUTS_8 && w.inputs != HL_INPUTS_16) return "inputs must be HL_INPUTS_8 or HL_INPUTS_16";
+  if (w.inputs != HL_INPUTS_8 && w.inputs != HL_INPUTS_12) return "inputs must be HL_INPUTS_8 or HL_INPUTS_12";
   if (w.out < 1 || w.in < 1 || w.out >= most || w.in >= most) return "out and in must be in 1..2^31-1";
   if (!is_grouped(w.kind)) return w.group == 0 ? nullptr : "group must be 0 for this kind";
   if (w.group != 32 && w.group != 64 && w.group != 128) return "group must be 32, 64 or 128";
@@ -20,7 +20,7 @@ void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const 
   const int64_t stride = act_stride(act, w.in);
   const Range mine = team.split(rows);
   for (int64_t r = mine.begin; r < mine.end; r++)
-    k.prepare(act, x + r * ldx, w.in, static_cast<char*>(scratch) + r * stride);
+    k.prepare(act, x + r * ldx, 0, w.in, w.in, static_cast<char*>(scratch) + r * stride);
   team.barrier();
   const Range tiles = team.split(tiles_of(w));
   k.product(w, scratch, stride, rows, tiles.begin, tiles.end, out);
@@ -55,7 +55,7 @@ extern "C" int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* 
   if (rows == 0) return HL_OK;
   return hl::guarded([&]() -> int32_t {
     std::lock_guard<std::mutex> lock(ctx->busy);
-    void* scratch = ctx->scratch.reserve(rows * hl::act_stride(hl::act_of(*weight), weight->in));
+    void* scratch = ctx->scratch.reserve(hl::whole_rows(rows) * hl::act_stride(hl::act_of(*weight), weight->in));
     const hl::Epilogue out = {y, ldy, bias, flags};
     ctx->pool.run(
         [&](const hl::Team& team) { hl::linear(team, *ctx->isa->linear, *weight, x, ldx, rows, scratch, out); });

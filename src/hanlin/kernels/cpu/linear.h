@@ -12,37 +12,38 @@
 namespace hl {
 
 // In what form a weight kind wants its input rows.
-enum class Act : int32_t { f32, bf16, int8, int16 };
+enum class Act : int32_t { f32, bf16, int8, int12 };
 static constexpr int acts = 4;
 
 static constexpr Act act_of(const hl_weight& w) {
-  return w.kind == HL_F32 ? Act::f32 : w.kind == HL_BF16 ? Act::bf16 : w.inputs == HL_INPUTS_16 ? Act::int16 : Act::int8;
+  return w.kind == HL_F32 ? Act::f32 : w.kind == HL_BF16 ? Act::bf16 : w.inputs == HL_INPUTS_12 ? Act::int12 : Act::int8;
 }
 
-// 32 inputs rounded to int8: x = scale * q. The sums let weights be stored unsigned.
-struct ActGroup {
+// A prepared row. Floats follow one another. Integer forms have a "sub" for every 32 inputs: first the codes of all
+// subs, 32 bytes each (int8: x = scale * q) or 64 (int12: x = scale * (16 * q + low), q before low), then what goes with
+// them. The sums let weights be stored unsigned.
+struct ActParams {
   float scale;
-  int32_t neg_sum;   // -(q[0] + ... + q[31])
-  float scaled_sum;  // scale * (q[0] + ... + q[31])
+  int32_t neg_sum;   // -(the sum of the sub's 32 whole numbers)
+  float scaled_sum;  // scale * the sum
   float unused;
-  int8_t q[32];
 };
-static_assert(sizeof(ActGroup) == 48, "kernels count on it");
+static_assert(sizeof(ActParams) == 16, "kernels count on it");
 
-// The same with 16 bits: x = scale * (256 * q + low), and the sums are of 256 * q + low.
-struct ActWide {
-  ActGroup high;
-  int8_t low[32];
-};
-static_assert(sizeof(ActWide) == 80, "kernels count on it");
+static constexpr int64_t subs_of(int64_t in) { return (in + 31) / 32; }
+static constexpr int64_t code_bytes(Act act) { return act == Act::int12 ? 64 : 32; }
 
-// Bytes of `in` prepared inputs, and of one prepared row: a multiple of 64. A buffer of rows is aligned to 64.
+// Bytes of `in` prepared inputs, and of one prepared row. Rows are aligned to 64, and an odd number of times 64 bytes
+// apart: with a power of two they would all be wanted in the same places of the cache.
 static constexpr int64_t act_bytes(Act act, int64_t in) {
   return act == Act::f32    ? in * 4
          : act == Act::bf16 ? (in + 1) / 2 * 4
-                            : (in + 31) / 32 * int64_t(act == Act::int8 ? sizeof(ActGroup) : sizeof(ActWide));
+                            : subs_of(in) * (code_bytes(act) + int64_t(sizeof(ActParams)));
 }
-static constexpr int64_t act_stride(Act act, int64_t in) { return (act_bytes(act, in) + 63) / 64 * 64; }
+// A buffer of rows has room for a multiple of so many: what stands behind the last row may be read, and is not used.
+static constexpr int act_rows = 16;
+static constexpr int64_t whole_rows(int64_t rows) { return (rows + act_rows - 1) / act_rows * act_rows; }
+static constexpr int64_t act_stride(Act act, int64_t in) { return ((act_bytes(act, in) + 63) / 64 | 1) * 64; }
 
 static constexpr bool is_grouped(int32_t kind) { return kind >= HL_INT8; }
 static constexpr bool is_int4(int32_t kind) { return kind >= HL_INT4; }
@@ -95,8 +96,10 @@ struct Epilogue {
 
 // One instruction set's kernels; all noexcept, callable from any thread.
 struct LinearKernels {
-  // x (in,) into one prepared row. Bytes between `in` and the stride are filled with zeros.
-  void (*prepare)(Act act, const float* x, int64_t in, void* row);
+  // Inputs [begin, end) of a row of `in`, of which x[0] is the first, into their place in a prepared row; begin is a
+  // multiple of 32, and so is end unless it is `in`. Whoever writes the last ones fills up the row with zeros. Writes
+  // nothing of other inputs, so threads may share a row.
+  void (*prepare)(Act act, const float* x, int64_t begin, int64_t end, int64_t in, void* row);
 
   // Output tiles [tile0, tile1) of a product of `rows` prepared rows, `stride` bytes apart. The caller shares tiles out
   // among threads (Team::split(tiles_of(w))); any split, and any split of the rows, gives the same bits.
@@ -107,7 +110,7 @@ struct LinearKernels {
   void (*low)(const hl_adapter& adapter, int32_t op, const LowPiece& x, Range inner, float* low, int64_t stride);
 };
 
-// The whole product as one piece of a team's work: prepares x into `scratch` (rows * act_stride bytes), meets at a
+// The whole product as one piece of a team's work: prepares x into `scratch` (whole_rows(rows) * act_stride bytes), meets at a
 // barrier, multiplies. No barrier at the end.
 void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const float* x, int64_t ldx, int64_t rows,
             void* scratch, const Epilogue& out);

@@ -271,7 +271,7 @@ class Maker {
     };
     for (const Stage& stage : program_.stages)
       for (const Prepared& form : stage.ready)
-        if (place(stage.op.out, form) < 0) place(stage.op.out, form) = take(form.stride, program_.max_tokens);
+        if (place(stage.op.out, form) < 0) place(stage.op.out, form) = take(form.stride, whole_rows(program_.max_tokens));
     if (!program_.pools.empty())
       for (const hl_kv& kv : program_.pools)
         program_.attend_bytes = std::max(program_.attend_bytes, program_.ctx->isa->ops->attend_scratch(kv));

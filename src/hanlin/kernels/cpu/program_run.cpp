@@ -8,22 +8,6 @@
 namespace hl {
 namespace {
 
-// Inputs [begin, end) of a row, prepared; begin is a multiple of 32. LinearKernels::prepare fills a row up to 64 bytes
-// behind its end, where another thread's part may begin: 128 inputs are a whole number of 64 bytes in every form, what
-// is left goes by way of a copy.
-void prepare_part(const LinearKernels& kernels, const Prepared& form, const float* x, int64_t begin, int64_t end,
-                  int64_t row) {
-  char* to = form.rows + row * form.stride;
-  const auto bytes = [&](int64_t n) { return act_bytes(form.act, n); };
-  constexpr int64_t step = 128;
-  const int64_t whole = begin + (end - begin) / step * step;
-  if (whole > begin) kernels.prepare(form.act, x + begin, whole - begin, to + bytes(begin));
-  if (whole == end) return;
-  alignas(64) char part[step * 4];
-  kernels.prepare(form.act, x + whole, end - whole, part);
-  std::memcpy(to + bytes(whole), part, static_cast<size_t>(bytes(end - whole)));
-}
-
 class Run {
  public:
   Run(hl_program& program, const hl_step& step)
@@ -64,8 +48,14 @@ class Run {
     for (int64_t r = mine.begin; r < mine.end; r++) {
       one_row(stage, r);
       for (const Prepared& form : stage.ready)
-        linear_.prepare(form.act, stage.out + r * stage.out_width, stage.out_width, form.rows + r * form.stride);
+        prepare(form, stage, r, 0, stage.out_width);
     }
+  }
+
+  // Columns [begin, end) of a row of `out`, in the form that a later product wants.
+  void prepare(const Prepared& form, const Stage& stage, int64_t row, int64_t begin, int64_t end) const {
+    linear_.prepare(form.act, stage.out + row * stage.out_width + begin, begin, end, stage.out_width,
+                    form.rows + row * form.stride);
   }
 
   void one_row(const Stage& stage, int64_t r) const {
@@ -113,8 +103,7 @@ class Run {
       linear_.product(*stage.weight, stage.from.rows, stage.from.stride, rows, tile, end, out);
       for (const Prepared& form : stage.ready)
         for (int64_t r = 0; r < rows; r++)
-          prepare_part(linear_, form, stage.out + r * stage.out_width, tile * columns,
-                       std::min(end * columns, stage.out_width), r);
+          prepare(form, stage, r, tile * columns, std::min(end * columns, stage.out_width));
     }
   }
 
@@ -148,8 +137,7 @@ class Run {
       for (const Prepared& form : stage.ready)
         for (int64_t r = task.row0; r < task.row1; r++) {
           const int64_t token = step_.query_start[task.sequence] + r / share, head = task.kv_head * share + r % share;
-          prepare_part(linear_, form, stage.out + token * stage.out_width, head * op.head_size,
-                       (head + 1) * op.head_size, token);
+          prepare(form, stage, token, head * op.head_size, (head + 1) * op.head_size);
         }
     };
     attend_some(ops_, what, p_.plan, next, p_.attend_scratch + team.rank * p_.attend_bytes, done);

@@ -22,6 +22,19 @@
 #define HL_INLINE static inline
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define HL_UNROLL _Pragma("GCC unroll 16")
+#else
+#define HL_UNROLL _Pragma("unroll")
+#endif
+
+// Innermost loops may be functions of their own: within a large one the compiler runs out of registers for their sums.
+#if defined(__GNUC__)
+#define HL_APART static __attribute__((noinline))
+#else
+#define HL_APART static
+#endif
+
 namespace hl::HL_VARIANT {
 
 constexpr int lanes = 16;
