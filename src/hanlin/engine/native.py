@@ -127,13 +127,13 @@ def _program(lowering: Lowering, config: DecoderConfig, context: Context, pool: 
     style = RopeStyle.QUARTERS if config.position_rows == 2 else RopeStyle(rope.interleaved)
     for layer, (slots, parts) in enumerate(zip(lowering.blocks, lowering.parts.blocks, strict=True)):
         normal = _norm(program, x, parts.attention_norm)
+        x = program.add(normal, scale=parts.alpha) if parts.alpha else x  # here threads need not wait for one another
         qkv = _linear(program, normal, slots.qkv)
         program.rope(qkv, layer, heads=config.num_heads, rotary=rope.dims, style=style)
-        x = program.add(normal, scale=parts.alpha) if parts.alpha else x
         _linear(program, program.attend(qkv, layer, heads=config.num_heads), slots.out, add_to=x)
         normal = _norm(program, x, parts.mlp_norm)
-        inner = _inner(program, normal, slots, parts)
         x = program.add(normal, scale=parts.alpha) if parts.alpha else x
+        inner = _inner(program, normal, slots, parts)
         _linear(program, inner, slots.down, add_to=x)
     last = _norm(program, program.gather(x), lowering.parts.norm)
     program.head(last, _weight(lowering.head), lowering.head.bias)
