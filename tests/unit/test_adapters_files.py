@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_load_pipeline import CONFIGS, SIZES, write, write_gguf
 
 from adapter_directory import halves, linears_of, write_adapter
 from hanlin.adapters import Adapters
+from hanlin.checkpoints.load import load_model
 from hanlin.checkpoints.peft import Base, read_peft
 from hanlin.engine.runner import TorchRunner
 from hanlin.errors import CheckpointError, ConfigError, HanlinError, ModelNotFoundError, RequestError
@@ -184,3 +186,20 @@ def test_damaged_files_are_refused_as_such(adapter: Path, base: Base) -> None:
                 assert low.down.shape == (low.rank, columns) and low.up.shape == (rows, low.rank)
         (adapter / name).write_bytes(files[name])
     assert refused > 700
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "llama"])
+def test_merged_into_a_gguf_file(tiny: Any, tmp_path: Path, kind: str) -> None:
+    """Whose rows of q and k are stored in another order, and whose projections are parted."""
+    model = tiny(kind, **SIZES, **CONFIGS[kind])
+    base = Base.of(model)
+    linears = {n: shape for n, shape in linears_of(model).items() if f"{n}.weight" not in base.tables}
+    adapter = write_adapter(tmp_path / "adapter", halves(linears, 3), 3)
+    sources = [write(tmp_path / "m", model, CONFIGS[kind]), write_gguf(tmp_path / "m.gguf", model, kind)]
+    loaded = [
+        load_model(source, dtype=torch.float32, device=torch.device("cpu"), adapter=adapter).model for source in sources
+    ]
+    for (name, ours), (_, theirs) in zip(*(made.named_parameters() for made in loaded), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+        changed = not torch.allclose(ours, model.get_parameter(name))
+        assert changed == (name.removesuffix(".weight") in linears)
