@@ -12,6 +12,7 @@ from hanlin.chat.chatml import ChatMLFormat
 from hanlin.chat.internlm import InternLMFormat
 from hanlin.chat.internlm2 import META_INSTRUCTION
 from hanlin.chat.raw import RawFormat
+from hanlin.chat.roles import ROLE_TOKENS
 from hanlin.errors import ChatFormatError
 from hanlin.types import Message, Rendered, Tool, ToolCall
 
@@ -188,7 +189,7 @@ def test_a_name_decides_alone(name: str, found: str) -> None:
 
 
 def test_every_listed_format_can_be_had() -> None:
-    tokenizer = ByteTokenizer((*INTERNLM2_TOKENS, "<eoh>", "<eoa>", "[gMASK]", "<sop>", "<eop>"))
+    tokenizer = ByteTokenizer((*INTERNLM2_TOKENS, "<eoh>", "<eoa>", "[gMASK]", "<sop>", "sop", "<eop>", *ROLE_TOKENS))
     for name in list_formats():
         assert chat_format_for(tokenizer, model_type="", template="x", name=name).name == name
 

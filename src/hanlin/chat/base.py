@@ -52,14 +52,14 @@ def special_ids(tokenizer: Tokenizer, pieces: Sequence[str], format_name: str) -
 class Writer:
     """Collects a conversation: special tokens as ids, everything else as text that can never become one.
 
-    All text between two special tokens is encoded as one run, as a tokenizer does that reads the whole conversation
-    as a string; encoding header and content apart would miss the merges across their border ("\\n" + "\\n" is one token
-    in InternLM2). A token that crosses a border of weights belongs to the text that it starts in.
+    All text between two special tokens, or two `cut`s, is encoded as one run, as a tokenizer does that reads the whole
+    conversation as a string; encoding header and content apart would miss the merges across their border ("\\n" + "\\n"
+    is one token in InternLM2). A token that crosses a border of weights belongs to the text that it starts in.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._parts: list[tuple[int | str, float]] = []
+        self._parts: list[tuple[int | str | None, float]] = []
 
     def special(self, token: int, weight: float = 0.0) -> None:
         self._parts.append((token, weight))
@@ -68,6 +68,10 @@ class Writer:
         if text:
             self._parts.append((text, weight))
 
+    def cut(self) -> None:
+        """What follows is encoded apart, for models that were trained so."""
+        self._parts.append((None, 0.0))
+
     def bos(self) -> None:
         """The tokenizer's first token, if it has one."""
         if self._tokenizer.bos_id is not None:
@@ -75,7 +79,8 @@ class Writer:
 
     def as_text(self) -> str:
         """The conversation as a template would print it; for comparing, never for encoding."""
-        return "".join(part if isinstance(part, str) else self._tokenizer.token_text(part) for part, _ in self._parts)
+        shown = (self._tokenizer.token_text(part) if isinstance(part, int) else part for part, _ in self._parts)
+        return "".join(text for text in shown if text)
 
     def rendered(self) -> Rendered:
         """The ids and weights of all that was written.
@@ -91,8 +96,9 @@ class Writer:
                 run.append((part, weight))
                 continue
             self._close(run, ids, weights)
-            ids.append(part)
-            weights.append(weight)
+            if part is not None:
+                ids.append(part)
+                weights.append(weight)
         self._close(run, ids, weights)
         return Rendered(ids=tuple(ids), weights=tuple(weights))
 

@@ -10,17 +10,17 @@ from hanlin.chat.reply import TextParser
 from hanlin.errors import ChatFormatError, problems
 from hanlin.types import Message, Rendered, ReplyParser, SamplingParams, Tokenizer, Tool
 
-__all__ = ["ChatGLMFormat", "ChatGLMParser", "clean"]
+__all__ = ["SHOWN", "TIME", "ChatGLMFormat", "ChatGLMParser", "clean", "refuse_tools", "rounds_of"]
 
 # What the model writes for the time of its training, and how its makers' code shows it.
-_TIME, _SHOWN = "[[训练时间]]", "2023年"
+TIME, SHOWN = "[[训练时间]]", "2023年"
 _WIDE = str.maketrans(",!:;?", "，！：；？")
 _MARK = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
 
 def clean(text: str) -> str:
     """A whole reply as the released `process_response` shows it: full-width punctuation beside Chinese characters."""
-    return _MARK.sub(lambda mark: mark.group().translate(_WIDE), text.strip().replace(_TIME, _SHOWN))
+    return _MARK.sub(lambda mark: mark.group().translate(_WIDE), text.strip().replace(TIME, SHOWN))
 
 
 class ChatGLMFormat:
@@ -49,13 +49,8 @@ class ChatGLMFormat:
     ) -> Rendered:
         """See `ChatFormat.render`."""
         turns = checked(messages, self.name)
-        found = [f"message {i}: tool results" for i, turn in enumerate(turns) if turn.role == "tool"]
-        found += [f"message {i}: tool calls" for i, turn in enumerate(turns) if turn.tool_calls]
-        found += [f"tool {tool.name!r}" for tool in tools]
-        if found:
-            remedy = "Use ChatGLM3-6B, GLM-4-9B or InternLM2 for tools."
-            raise ChatFormatError(problems(f"chat format '{self.name}' knows no tools", found, remedy))
-        rounds = _rounds(turns)
+        refuse_tools(turns, tools, self.name)
+        rounds = rounds_of(turns)
         reply = rounds[-1][1] if rounds else None
         writer = Writer(self._tokenizer)
         writer.text(prompt(rounds))
@@ -82,7 +77,21 @@ def prompt(rounds: Sequence[tuple[str, str | None]]) -> str:
     return f"{told}[Round {len(before)}]\n问：{question}\n答："
 
 
-def _rounds(turns: Sequence[Message]) -> list[tuple[str, str | None]]:
+def refuse_tools(turns: Sequence[Message], tools: Sequence[Tool], format_name: str) -> None:
+    """For models that were not trained with tools.
+
+    Raises:
+        ChatFormatError: naming every tool, call and result.
+    """
+    found = [f"message {i}: tool results" for i, turn in enumerate(turns) if turn.role == "tool"]
+    found += [f"message {i}: tool calls" for i, turn in enumerate(turns) if turn.tool_calls]
+    found += [f"tool {tool.name!r}" for tool in tools]
+    if found:
+        remedy = "Use ChatGLM3-6B, GLM-4-9B or InternLM2 for tools."
+        raise ChatFormatError(problems(f"chat format '{format_name}' knows no tools", found, remedy))
+
+
+def rounds_of(turns: Sequence[Message]) -> list[tuple[str, str | None]]:
     """Questions with their answers; what one side says in several messages is one text of several lines."""
     rounds: list[tuple[list[str], list[str]]] = []
     for turn in turns:
@@ -110,8 +119,8 @@ class ChatGLMParser(TextParser):
         if not self._begun:
             self._raw = self._raw.lstrip()
             self._begun = bool(self._raw)
-        self._raw = self._raw.replace(_TIME, _SHOWN)
-        keep = next((n for n in range(min(len(_TIME) - 1, len(self._raw)), 0, -1) if self._raw.endswith(_TIME[:n])), 0)
+        self._raw = self._raw.replace(TIME, SHOWN)
+        keep = next((n for n in range(min(len(TIME) - 1, len(self._raw)), 0, -1) if self._raw.endswith(TIME[:n])), 0)
         settled = self._raw[: len(self._raw) - keep]
         if not keep:
             settled = settled.rstrip()

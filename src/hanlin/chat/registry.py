@@ -7,10 +7,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from hanlin.chat.chatglm import ChatGLMFormat
+from hanlin.chat.chatglm2 import ChatGLM2Format
+from hanlin.chat.chatglm3 import ChatGLM3Format
 from hanlin.chat.chatml import ChatMLFormat
+from hanlin.chat.glm4 import GLM4Format
 from hanlin.chat.internlm import InternLMFormat
 from hanlin.chat.internlm2 import SPECIALS, InternLM2Format
 from hanlin.chat.raw import RawFormat
+from hanlin.chat.roles import ROLE_TOKENS, RolesFormat
 from hanlin.chat.sandbox import Sandbox
 from hanlin.chat.template import TemplateFormat, print_template, sees_tools
 from hanlin.errors import ChatFormatError
@@ -40,8 +44,11 @@ FORMATS: Mapping[str, _Entry] = MappingProxyType(
         ),
         "internlm-v1_1": _Entry(lambda tokenizer: InternLMFormat(tokenizer, early=True), ("internlm-chat-7b-v1_1",)),
         "chatglm": _Entry(ChatGLMFormat, ("chatglm-6b", "chatglm-6b-int4", "chatglm-6b-int8")),
+        "chatglm2": _Entry(ChatGLM2Format, ("chatglm2-6b", "chatglm2-6b-int4", "chatglm2-6b-32k")),
+        "chatglm3": _Entry(ChatGLM3Format, ("chatglm3-6b", "chatglm3-6b-32k", "chatglm3-6b-128k")),
+        "glm4": _Entry(GLM4Format, ("glm-4", "glm-4-9b-chat", "glm-4-9b-chat-1m", "glm-4-9b-chat-hf")),
         "chatml": _Entry(ChatMLFormat, ("qwen", "smollm2")),
-        "raw": _Entry(RawFormat, ("base",)),
+        "raw": _Entry(RawFormat, ("base", "codegeex2", "codegeex2-6b")),
     }
 )  # fmt: skip
 
@@ -69,7 +76,8 @@ def chat_format_for(
 
     A `name` decides alone. Else a `template` that prints plain conversations as ChatML does, and leaves tools alone, is
     replaced by the built-in ChatML (or InternLM2's, when the tokenizer has its special tokens), which prints the same,
-    the template's own default system prompt included; any other template is run as it is, in the sandbox. Without a
+    the template's own default system prompt included; so is one that prints them as ChatGLM3 or GLM-4 do, whose tools
+    only the built-in formats know how to read back; any other template is run as it is, in the sandbox. Without a
     template the `model_type` decides; and a model that has neither gets `raw`, for base models.
 
     Raises:
@@ -83,7 +91,7 @@ def chat_format_for(
         sandbox = Sandbox(template)
         found = _as_chatml(tokenizer, sandbox)
         if found is None:
-            return TemplateFormat(tokenizer, sandbox)
+            return _as_roles(tokenizer, sandbox) or TemplateFormat(tokenizer, sandbox)
         return InternLM2Format(tokenizer, template_system=found.default_system) if internlm2 else found
     if model_type in ("internlm2", "internlm2-reward", "internlm3") and internlm2:
         return InternLM2Format(tokenizer)
@@ -91,7 +99,44 @@ def chat_format_for(
         return InternLMFormat(tokenizer)
     if model_type == "chatglm" and tokenizer.token_id("<eop>") is not None:
         return ChatGLMFormat(tokenizer)
+    if model_type in ("chatglm2", "glm") and tokenizer.token_id("[gMASK]") in tokenizer.special_ids:
+        return _glm(tokenizer)
     return RawFormat(tokenizer)
+
+
+def _glm(tokenizer: Tokenizer) -> ChatFormat:
+    """ChatGLM3 and GLM-4 have role tokens; CodeGeeX2, which goes on with code, puts no space before a text."""
+    found = _roles(tokenizer)
+    if found is None:
+        first = tokenizer.encode("a")[:1]
+        spaced = bool(first) and tokenizer.token_text(first[0]).startswith(" ")
+        return ChatGLM2Format(tokenizer) if spaced else RawFormat(tokenizer)
+    return found
+
+
+def _roles(tokenizer: Tokenizer) -> RolesFormat | None:
+    if not all(tokenizer.token_id(piece) in tokenizer.special_ids for piece in ROLE_TOKENS):
+        return None
+    four = tokenizer.token_id(GLM4Format.sop) in tokenizer.special_ids
+    return GLM4Format(tokenizer) if four else ChatGLM3Format(tokenizer)
+
+
+def _as_roles(tokenizer: Tokenizer, sandbox: Sandbox) -> RolesFormat | None:
+    """ChatGLM3's or GLM-4's turns as a template prints them.
+
+    ChatGLM3's own puts the space behind the line end that its tokenizer puts before each part.
+    """
+    found = _roles(tokenizer)
+    try:
+        for probe in PROBES if found else ():
+            for prompted in (False, True):
+                printed = print_template(sandbox, tokenizer, probe, generation_prompt=prompted)
+                wanted = found.as_text(probe, generation_prompt=prompted) if found else ""
+                if printed not in (wanted, wanted.replace("|>\n", "|>\n ")):
+                    return None
+    except ChatFormatError:
+        return None
+    return found
 
 
 def _by_name(tokenizer: Tokenizer, name: str, template: str | None) -> ChatFormat:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from hanlin.types import ReplyEvent, Tokenizer, ToolCall
 
-__all__ = ["TaggedParser", "TextParser", "arguments_object", "parse_calls"]
+__all__ = ["TaggedParser", "TextParser", "arguments_object", "json_text", "parse_calls"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -168,7 +168,7 @@ def parse_calls(text: str, interpreters: frozenset[str] = frozenset()) -> list[T
         if name in interpreters and isinstance(code, str):
             calls.append(ToolCall(name=name, arguments=code, kind="interpreter"))
         else:
-            calls.append(ToolCall(name=name, arguments=_dump(arguments)))
+            calls.append(ToolCall(name=name, arguments=json_text(arguments)))
     return calls
 
 
@@ -196,7 +196,8 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _dump(value: object) -> str:
+def json_text(value: object) -> str:
+    """JSON text of arguments, written one way."""
     text = json.dumps(value, ensure_ascii=False)
     # JSON can spell half a surrogate pair, which no UTF-8 response can carry: leave such text escaped.
     return text if _encodable(text) else json.dumps(value)
