@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import chatglm_directory
 import hanlin
 from hanlin.checkpoints.load import load_model
 from hanlin.errors import ConfigError, RequestError
@@ -180,6 +182,27 @@ def test_embeddings(writer: hanlin.LLM, writer_path: Path) -> None:
     unit = writer.embed(text)
     assert np.allclose(unit, got[:1] / np.linalg.norm(got[:1]), atol=1e-6)
     assert writer.embed([]).shape == (0, 32)
+
+
+def test_embeddings_of_a_prefix_that_sees_itself(tmp_path: Path) -> None:
+    """ChatGLM-6B reads a text both ways, in one step; its rows are still added up one by one."""
+    names = [piece for piece, _ in chatglm_directory.PIECES]
+    roles = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>"}
+    values = chatglm_directory.config(**{f"{role}_token_id": names.index(piece) for role, piece in roles.items()})
+    path = chatglm_directory.write(tmp_path / "chatglm-6b", values, chatglm_directory.weights(values))
+    (path / "ice_text.model").write_bytes(chatglm_directory.tokenizer_model())
+    (path / "tokenizer_config.json").write_text(json.dumps(chatglm_directory.tokenizer_config()))
+    texts, found = ["hello world", "a b c d e f g"], []
+    for runner in ("torch", *(("native",) if available() else ())):
+        with hanlin.load(path, runner=runner, **{**OPTIONS, "cache_bytes": 1 << 22}) as llm:
+            for pooling in ("mean", "last"):
+                together = llm.embed(texts, pooling=pooling)
+                assert np.array_equal(together, np.concatenate([llm.embed(t, pooling=pooling) for t in texts]))
+                found.append(together)
+            with pytest.raises(RequestError, match="no reward head"):
+                llm.reward(GOOD)
+    assert not np.allclose(found[0], found[1], atol=1e-3)
+    assert all(np.allclose(found[i], found[i % 2], atol=1e-5) for i in range(len(found)))
 
 
 def test_embeddings_refuse(writer: hanlin.LLM) -> None:
