@@ -184,7 +184,7 @@ def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuild
     from hanlin.tokenizers import from_gguf, load_tokenizer
 
     tokenizer: Tokenizer = load_tokenizer(path) if path.is_dir() else from_gguf(loaded.metadata, name=str(path))
-    chat_format, no_chat = _chat_format(tokenizer, loaded, settings.chat_template)
+    chat_format, no_chat = _chat_format(tokenizer, loaded, settings.chat_template, path)
     system = settings.system_prompt
     if system is None:
         system = (chat_format.default_system if chat_format else None) or ""
@@ -290,14 +290,17 @@ def peak_memory() -> int:
 
 
 def _chat_format(
-    tokenizer: Tokenizer, loaded: Loaded, name: str | None
+    tokenizer: Tokenizer, loaded: Loaded, name: str | None, path: Path
 ) -> tuple[ChatFormat | None, ChatFormatError | None]:
     """The model's format, or why it has none; a name that was asked for must be had."""
     from hanlin.chat import chat_format_for
 
-    template = loaded.description.template
+    template, kind = loaded.description.template, loaded.config.model_type
+    # Only its name tells that checkpoint, which has turns of its own, from the others.
+    early = kind == "internlm" and not template and any("chat-7b-v1_1" in part for part in path.parts)
+    wanted = "internlm-v1_1" if early and name is None else name
     try:
-        return chat_format_for(tokenizer, model_type=loaded.config.model_type, template=template, name=name), None
+        return chat_format_for(tokenizer, model_type=kind, template=template, name=wanted), None
     except ChatFormatError as error:
         if name is not None:
             raise ConfigError(str(error)) from error

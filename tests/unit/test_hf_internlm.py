@@ -114,6 +114,9 @@ def test_internlm_prompts(v1: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "internlm-chat-7b-v1_1"
     shutil.copytree(v1, renamed)
     assert loaded(renamed)[1].early_format
+    for path, name in ((v1, "internlm"), (renamed, "internlm-v1_1")):
+        with hanlin.load(path, dtype="float32", runner="torch", cache_bytes=1 << 20) as llm:
+            assert llm.chat_format.name == name
 
 
 def test_a_query_cannot_end_its_turn(v1: Path) -> None:

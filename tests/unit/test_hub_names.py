@@ -18,6 +18,7 @@ from hanlin.hub.names import HubId
         ("thudm/chatglm3-6b", "zai-org/chatglm3-6b", ""),
         ("ZhipuAI/chatglm2-6b", "zai-org/chatglm2-6b", ""),
         ("Shanghai_AI_Laboratory/internlm2-chat-7b", "internlm/internlm2-chat-7b", ""),
+        ("OpenLMLab/internlm2-1_8b-reward", "internlm/internlm2-1_8b-reward", ""),
         ("someone/A.Model_v1.5", "someone/A.Model_v1.5", ""),
     ],
 )

@@ -34,8 +34,11 @@ _RELEASED: tuple[tuple[str, str], ...] = (
     ),
 )
 
-# One organisation, several names: today's on the Hub first, then earlier ones and ModelScope's.
-_ORGANISATIONS: tuple[tuple[str, ...], ...] = (("zai-org", "THUDM", "ZhipuAI"), ("internlm", "Shanghai_AI_Laboratory"))
+# One organisation, several names: today's on the Hub first, then earlier ones, ModelScope's and OpenXLab's.
+_ORGANISATIONS: tuple[tuple[str, ...], ...] = (
+    ("zai-org", "THUDM", "ZhipuAI"),
+    ("internlm", "Shanghai_AI_Laboratory", "OpenLMLab"),
+)
 
 _HUB_ID = re.compile(
     r"(?P<org>[A-Za-z0-9][\w.-]{0,95})/(?P<name>[A-Za-z0-9][\w.-]{0,95})(?::(?P<tag>[\w.-]{1,64}))?", re.ASCII
