@@ -87,6 +87,7 @@ struct Model {
                            static_cast<int32_t>(weights.size()), widths, 9, pools.data(), layers, most_tokens,
                            &program),
          "program");
+    adapt(ops);
   }
   ~Model() {
     hl_program_free(program);
@@ -107,6 +108,25 @@ struct Model {
     must(hl_pack(ctx, &w, HL_SRC_F32, matrix.data(), out, 0, nullptr, nullptr), "pack");
     weights.push_back(w);
     return static_cast<int32_t>(weights.size()) - 1;
+  }
+
+  // Rank 5 on every product, of which every 16 outputs take three dimensions or none.
+  void adapt(const std::vector<hl_op>& ops) {
+    constexpr int32_t rank = 5, taken = 3;
+    low.resize(ops.size());
+    for (size_t i = 0; i < ops.size(); i++) {
+      if (ops[i].code != HL_OP_LINEAR && ops[i].code != HL_OP_HEAD) continue;
+      const hl_weight& w = weights[static_cast<size_t>(ops[i].weight)];
+      const int64_t groups = (w.out + HL_TILE - 1) / HL_TILE * 2;
+      halves.emplace_back(static_cast<size_t>(rank * w.in), 0.01f);
+      const void* down = halves.back().data();
+      halves.emplace_back(static_cast<size_t>(groups * taken * 16), 0.02f);
+      firsts.emplace_back();
+      for (int64_t g = 0; g < groups; g++) firsts.back().push_back(static_cast<int32_t>(g % 4) - 1);
+      low[i] = {rank, taken, down, halves.back().data(), firsts.back().data()};
+    }
+    adapter = {static_cast<int32_t>(ops.size()), rank, 0, low.data()};
+    must(hl_adapter_check(program, &adapter), "adapter");
   }
 
   // Tokens [begin, end) of a text of 600 in one step, beside one token of another sequence; the logits of the last.
@@ -146,6 +166,8 @@ struct Model {
     s.top_values = values.data();
     s.top_ids = top.data();
     s.log_sum_exp = sums.data();
+    const hl_adapter* const adapters[] = {nullptr, &adapter};
+    s.adapters = adapters;
     must(hl_program_run(program, &s), "run");
     return logits;
   }
@@ -155,6 +177,10 @@ struct Model {
   std::vector<Memory*> memory;
   std::vector<hl_kv> pools;
   std::vector<hl_weight> weights;
+  std::vector<std::vector<float>> halves;
+  std::vector<std::vector<int32_t>> firsts;
+  std::vector<hl_low_rank> low;
+  hl_adapter adapter = {};
   uint32_t seed = 1;
 };
 
