@@ -108,7 +108,7 @@ def test_judgements_are_right(tiny: Any, runner: str) -> None:
     with torch.no_grad():
         hidden = model(torch.tensor(ids), Positions(torch.arange(70)[None]), PackedAttend([70])).float()
     want = {"mean": hidden.mean(0), "last": hidden[-1], "value": model.head(hidden[-1:].to(dtype))[0]}
-    bound = 1e-5 if runner in ("torch-float32", "float32") else 0.06
+    bound = 1e-5 if runner in ("torch-float32", "float32") else 0.2 if "int8" in runner else 0.06
     for pool, expected in want.items():
         engine = engine_of(model, make=make, max_step_tokens=23)
         sequence = look(ids, pool, model)
