@@ -404,7 +404,7 @@ def test_prompts_give_way_to_decoding(tiny: Any) -> None:
     """With a latency target, a long prompt is cut so that steps stay short while somebody decodes."""
     model = tiny("llama")
     engine = engine_of(model, blocks=200, max_step_tokens=200, step_seconds=1e-9)
-    engine._pace.note(100, 1.0)
+    engine._pace.note(100, 1, 1.0)
     talker = request([1, 2, 3], SamplingParams(temperature=0, max_tokens=30), model)
     engine.add(talker)
     engine.step()

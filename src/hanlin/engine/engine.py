@@ -33,7 +33,7 @@ class EngineLimits:
         max_sequences: sequences in one step at most.
         max_step_tokens: tokens in one step at most (a bidirectional prefix may exceed it).
         prefix_caching: keep computed blocks for texts that start alike.
-        step_seconds: how long prompts may make a step last while somebody decodes; 0 does not look.
+        step_seconds: how long prompts may make a step last; 0 does not look.
     """
 
     blocks: int
@@ -46,14 +46,14 @@ class EngineLimits:
 
 
 class Pace:
-    """How many tokens a step can have in a given time, from the steps so far."""
+    """How many tokens of prompts a step can have in a given time, from the steps that were mostly prompts."""
 
     def __init__(self) -> None:
         self._seconds = 0.0  # of a token, in steps that are long enough to tell
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
-        if tokens >= _TELLING:
+    def note(self, tokens: int, sequences: int, seconds: float) -> None:
+        """A step of so many tokens of so many sequences took so long."""
+        if tokens >= max(_TELLING, 5 * sequences):  # where few tokens come of each, they decode: that costs otherwise
             each = seconds / tokens
             self._seconds = each if not self._seconds else 0.8 * self._seconds + 0.2 * each
 
@@ -136,7 +136,7 @@ class Engine:
             sequence.started = sequence.started or now
         batch = Batch.build(scheduled, self.limits.block_size)
         output = self.runner.run(batch)
-        self._pace.note(len(batch.ids), time.perf_counter() - now)
+        self._pace.note(len(batch.ids), len(scheduled), time.perf_counter() - now)
         self.steps += 1
         self._advance(scheduled, output)
 

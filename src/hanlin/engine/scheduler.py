@@ -14,6 +14,8 @@ Scheduled = list[tuple[Sequence, int]]
 
 # Rows of logits are (rows, V) float32: 256 of them are 95 MB for V = 92,544.
 _SCORED_ROWS = 256
+# Tokens of prompts that are computed at once even where steps are to be shorter: most questions are no longer.
+_SHORT = 96
 
 
 class Scheduler:
@@ -30,6 +32,7 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._hurried = False  # whether the last step was for short prompts alone
 
     @property
     def idle(self) -> bool:
@@ -57,7 +60,7 @@ class Scheduler:
         decoding = sum(s.remaining == 1 for s in self.running)
         if prompt_tokens is not None:
             budget = min(budget, decoding + max(1, prompt_tokens))
-        shares = self._shares(max(0, budget - decoding))
+        shares = self._shares(max(0, budget - decoding), max(0, self.max_step_tokens - decoding))
         spare = budget - decoding - sum(shares.values())  # for guesses
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:  # preempted for an older one just now
@@ -75,19 +78,27 @@ class Scheduler:
             if len(self.running) >= self.max_sequences or not self._admit(newcomer, shares[newcomer]):
                 break  # nobody overtakes one who waits for blocks
             chosen.append((newcomer, self._tokens(newcomer, shares[newcomer])))
+        if self._hurried and not chosen:  # the short ones wait for blocks
+            return self.schedule(prompt_tokens)
         assert chosen or self.idle or not any(s.ready() for s in self.waiting), "nobody can proceed"
         return chosen
 
-    def _shares(self, budget: int) -> dict[Sequence, int]:
+    def _shares(self, budget: int, most: int) -> dict[Sequence, int]:
         """How many tokens of its prompt each sequence may compute: half of the budget for the oldest, the rest for the
-        shortest first. So a short prompt does not wait for the long ones before it, and no long one waits for ever.
+        shortest first; and every other step is for short ones alone, if there are any. So a short prompt does not wait
+        for the long ones before it, and no long one waits for ever.
         """
+        hurried, self._hurried = self._hurried, False
         places = max(0, self.max_sequences - len(self.running))
         waiting = itertools.islice((s for s in self.waiting if s.ready()), places)
         needs = {s: s.remaining for s in self.running if s.remaining > 1}
         needs |= {s: len(s) - self.blocks.size * len(self.blocks.find(s)) for s in waiting}
         if not needs or not budget:
             return {}
+        short = self._short(needs, max(budget, min(_SHORT, most)))
+        self._hurried = not hurried and bool(short)
+        if self._hurried:
+            return short
         oldest = next(iter(needs))
         shares = {oldest: self._tokens(oldest, -(-budget // 2) if len(needs) > 1 else budget)}
         if not shares[oldest]:  # a prefix that is computed in one step, or never
@@ -103,6 +114,17 @@ class Scheduler:
             left -= more - shares.get(sequence, 0)
             shares[sequence] = more
         return shares
+
+    def _short(self, needs: dict[Sequence, int], room: int) -> dict[Sequence, int]:
+        """As many of the shortest as can be computed whole in `room` tokens."""
+        short: dict[Sequence, int] = {}
+        for sequence in sorted(needs, key=needs.__getitem__):
+            tokens = self._tokens(sequence, needs[sequence])
+            room -= tokens
+            if room < 0 or tokens < needs[sequence]:
+                break
+            short[sequence] = tokens
+        return short
 
     def _tokens(self, sequence: Sequence, budget: int) -> int:
         whole = max(0, sequence.prefix_len - sequence.computed)
