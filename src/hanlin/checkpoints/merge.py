@@ -45,12 +45,14 @@ class MergedSource:
         self._changes: dict[str, _Change] = {}
         for name in names & set(wanted):
             recipe = wanted[name]
+            dtypes = {part: source.infos[part].dtype for part in recipe.sources}
+            codes = [part for part, dtype in dtypes.items() if dtype in DTYPES and not DTYPES[dtype].is_floating_point]
+            found += [f"{shown(part)} holds codes ({dtypes[part]}), into which nothing can be merged" for part in codes]
+            if codes:
+                continue
             counts = [source.infos[part].shape[0] for part in recipe.sources]
             for part, order in zip(recipe.sources, recipe.order(counts), strict=True):
                 self._changes[part] = _Change(name, torch.from_numpy(order).long())
-                dtype = source.infos[part].dtype
-                if dtype in DTYPES and not DTYPES[dtype].is_floating_point:
-                    found.append(f"{shown(part)} holds codes ({dtype}), into which nothing can be merged")
         if found:
             fail(adapter.path, found, "Load the adapter beside the model instead: adapters={NAME: DIR}.")
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(
