@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from page_browser import Browser, Keys, needs_chromium
+
 from serving import serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -95,9 +96,21 @@ def test_the_first_tab_stop_leads_to_the_message_box(page: Browser) -> None:
 
 
 def test_words_that_stream_in_are_not_read_one_by_one(page: Browser) -> None:
-    assert page.js("return [...document.querySelectorAll('[aria-live], [role=status], [role=alert], [role=log]')].map((e) => e.id)") == [
-        "notices", "toast", "announce", "key-wrong"]  # fmt: skip
+    live = "[aria-live], [role=status], [role=alert], [role=log]"
+    found = page.js("return [...document.querySelectorAll(arguments[0])].map((e) => e.id)", live)
+    assert found == ["notices", "toast", "announce", "key-wrong"]
     assert page.find("#announce").get_attribute("aria-live") == "polite"
+
+
+_SHOWN = """
+const messages = document.querySelector('#messages');
+messages.hidden = false;
+const message = messages.appendChild(document.createElement('li'));
+message.className = 'message';
+const prose = message.appendChild(document.createElement('div'));
+prose.className = 'prose';
+prose.append(m.markdown(a[0]));
+"""
 
 
 def test_a_narrow_screen(page: Browser) -> None:
@@ -113,20 +126,9 @@ def test_a_narrow_screen(page: Browser) -> None:
         assert page.find("#settings").rect["width"] <= 360
         page.js("document.querySelector('#shade').click()")
         assert not page.find("#settings").is_displayed()
-        text = (
-            "wide " * 3
-            + "w" * 300
-            + "\\n\\n|a|b|\\n|-|-|\\n|"
-            + "c" * 200
-            + "|d|\\n\\n```\\n"
-            + "x" * 400
-            + "\\n```\\n\\n$$"
-            + "a+" * 200
-            + "b$$"
-        )
-        page.module("markdown.js", "const e = document.querySelector('#messages'); e.hidden = false; const li = e.appendChild(document.createElement('li'));"
-            "li.className = 'message'; const p = li.appendChild(document.createElement('div')); p.className = 'prose';"
-            "p.append(m.markdown(a[0].replaceAll('\\\\n', '\\n')))", text)  # fmt: skip
+        table = f"|a|b|\n|-|-|\n|{'c' * 200}|d|"
+        text = f"{'wide ' * 3}{'w' * 300}\n\n{table}\n\n```\n{'x' * 400}\n```\n\n$${'a+' * 200}b$$"
+        page.module("markdown.js", _SHOWN, text)
         assert page.js("return document.documentElement.scrollWidth") == 360
         assert page.js("return document.querySelector('#scroll').scrollWidth") <= 360
         small = page.js(

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from page_browser import Browser, Keys, needs_chromium
-from serving import serving
 
 from hanlin.serve.keys import KeyRing
 from hanlin.serve.settings import ModelSpec, ServeConfig
+from serving import serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -36,6 +36,7 @@ def window(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Br
 @pytest.fixture
 def page(window: Browser) -> Iterator[Browser]:
     """The page as at a first visit. At the end nothing may have come from elsewhere, and the console must be empty."""
+    window.open()  # so that nothing of the test before is still to be saved
     window.js("localStorage.clear(); sessionStorage.clear()")
     window.module(
         "store.js",
@@ -207,6 +208,9 @@ def test_settings_are_sent_and_wrong_ones_are_named(page: Browser) -> None:
     page.js("window.extra = {max_completion_tokens: 3}")
     page.say("Hello again")
     assert not {"temperature", "top_p", "max_tokens", "seed", "stop", "tools"} & set(page.js("return window.sent[2]"))
+    page.fill("#system", "You are kind.")
+    page.open(page.js("return location.hash"))  # at once: it is kept all the same
+    assert page.find("#system").get_attribute("value") == "You are kind."
     page.press("#new")
     assert page.find("#system").get_attribute("value") == ""  # of that conversation only
 

@@ -68,6 +68,7 @@ class App {
     byId("language").value = currentLanguage();
     byId("language").addEventListener("change", (event) => this.speak(event.target.value));
     window.addEventListener("hashchange", () => this.route());
+    window.addEventListener("pagehide", () => this.leave());
     document.addEventListener("keydown", (event) => this.key(event));
     this.runs.addEventListener("begin", ({ detail }) => this.changed(detail));
     this.runs.addEventListener("piece", ({ detail }) => this.transcript.view(detail.node.id)?.touch());
@@ -134,8 +135,21 @@ class App {
   }
 
   saveSoon(conversation) {
+    if (this.waiting !== conversation) this.saveNow();
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.chats.save(conversation), 400);
+    this.waiting = conversation;
+    this.timer = setTimeout(() => this.saveNow(), 400);
+  }
+
+  saveNow() {
+    clearTimeout(this.timer);
+    if (this.waiting && this.chats.get(this.waiting.id)) this.chats.save(this.waiting);
+    this.waiting = null;
+  }
+
+  /** The page closes: nothing that waits its turn would still run, so what is to be kept is written directly. */
+  leave() {
+    if (this.waiting && this.chats.get(this.waiting.id)) this.chats.store.put(this.waiting);
   }
 
   otherTab(id) {
@@ -146,7 +160,6 @@ class App {
 
   remove(conversation) {
     this.runs.stop(conversation.id);
-    clearTimeout(this.timer);
     const shown = conversation.id === this.current.id;
     this.chats.remove(conversation.id);
     if (shown) {

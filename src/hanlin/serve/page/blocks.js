@@ -26,7 +26,7 @@ export function clean(text) {
   return whole.replace(/\r\n?/g, "\n").replaceAll("\0", "\uFFFD");
 }
 
-const blank = (line) => /^[ \t]*$/.test(line);
+export const blank = (line) => /^[ \t]*$/.test(line);
 
 /** Columns of white space before the text; a tab reaches to the next multiple of four. */
 function indent(line) {

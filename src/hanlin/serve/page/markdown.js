@@ -1,6 +1,6 @@
 // Markdown -> DOM, whole or as it streams in. A reply is untrusted: every node is made here, none is parsed from HTML.
 
-import { clean, parseBlocks } from "./blocks.js";
+import { blank, clean, parseBlocks } from "./blocks.js";
 import { append, el } from "./dom.js";
 import { t } from "./i18n.js";
 import { inline } from "./inline.js";
@@ -27,9 +27,12 @@ export class MarkdownView {
     const source = clean(text);
     if (source === this.text) return;
     let keep = 0;
-    // The end of the text decides where the last block begins, so the last two are read again.
-    if (this.text && source.startsWith(this.text)) keep = Math.max(0, this.blocks.length - 2);
-    const start = keep < this.blocks.length && keep > 0 ? this.blocks[keep].start : 0;
+    if (this.text && source.startsWith(this.text)) {
+      // What follows can still change the last two blocks, and maths may span whatever has no blank line before it.
+      keep = Math.max(0, this.blocks.length - 2);
+      while (keep > 0 && !this.blocks[keep].apart) keep--;
+    }
+    const start = keep > 0 ? this.blocks[keep].start : 0;
     this.text = source;
     const lines = source.slice(start).split("\n");
     const offsets = [start];
@@ -44,7 +47,8 @@ export class MarkdownView {
       if (!old) for (const gone of before.splice(0)) gone.node.remove();
       const node = old?.node ?? growing ?? blockNode(block);
       if (!old && !growing) this.root.append(node);
-      this.blocks.push({ start: offsets[block.from], source: said, type: block.type, language: block.language, node });
+      const apart = block.from === 0 ? keep > 0 : blank(lines[block.from - 1]);
+      this.blocks.push({ start: offsets[block.from], source: said, apart, type: block.type, language: block.language, node });
     }
     for (const gone of before) gone.node.remove();
   }
@@ -56,7 +60,7 @@ function blockNode(block) {
   switch (block.type) {
     case "heading":
       // The page's title is level 1 and each message's is level 2.
-      return append(el(`h${Math.min(6, block.level + 2)}`, { dir: "auto" }), inline(block.text));
+      return worded(el(`h${Math.min(6, block.level + 2)}`), block.text);
     case "rule":
       return el("hr");
     case "code":
@@ -70,8 +74,15 @@ function blockNode(block) {
     case "table":
       return tableNode(block);
     default:
-      return append(el("p", { dir: "auto" }), inline(block.text));
+      return worded(el("p"), block.text);
   }
+}
+
+/** Fill an element with a paragraph's text. Its direction is set last: a browser works it out anew with every node added. */
+function worded(node, text) {
+  append(node, inline(text));
+  node.dir = "auto";
+  return node;
 }
 
 function listNode({ start, items, loose }) {
@@ -89,7 +100,7 @@ function listNode({ start, items, loose }) {
 }
 
 function tableNode({ head, align, rows }) {
-  const cell = (tag, text, n) => append(el(tag, { class: align[n] ? `align-${align[n]}` : null, scope: tag === "th" ? "col" : null, dir: "auto" }), inline(text));
+  const cell = (tag, text, n) => worded(el(tag, { class: align[n] ? `align-${align[n]}` : null, scope: tag === "th" ? "col" : null }), text);
   const table = el(
     "table",
     {},

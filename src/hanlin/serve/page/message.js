@@ -96,6 +96,7 @@ export class MessageView {
       return;
     }
     this.live = null;
+    orderHeadings(this.prose);
     foot.replaceChildren();
     if (node.state === "error") foot.append(failure(node));
     else if (node.state === "stopped") foot.append(el("p", { class: "state", text: t("stateStopped") }));
@@ -171,6 +172,15 @@ export class MessageView {
     }
     form.append(el("div", { class: "buttons" }, el("button", { type: "submit", class: "button", text: t("sendResults") })));
     return form;
+  }
+}
+
+/** A reply may begin with a third-level heading; for screen readers no level is left out below the message's own, 2. */
+function orderHeadings(prose) {
+  let above = 2;
+  for (const heading of prose.querySelectorAll("h3, h4, h5, h6")) {
+    above = Math.min(Number(heading.localName[1]), above + 1);
+    heading.ariaLevel = String(above);
   }
 }
 

@@ -49,6 +49,7 @@ export class Store {
     if (!this.lasting) return;
     const transaction = this.database.transaction(CONVERSATIONS, "readwrite");
     work(transaction.objectStore(CONVERSATIONS));
+    transaction.commit(); // at once: the page may be about to close
     await new Promise((resolve, reject) => {
       transaction.oncomplete = () => resolve();
       transaction.onabort = () => reject(transaction.error ?? new DOMException("aborted", "AbortError"));
