@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ __all__ = ["serve"]
 
 # How long a thread may keep Python's lock while another waits. The default of 5 ms is half a step of the engine.
 _SWITCH_SECONDS = 0.0005
+
+# How long a server whose engine has died still says so on /health, before it ends.
+_FAILED_SECONDS = 1.0
 
 
 class _Protocol(H11Protocol):
@@ -48,6 +52,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[str], None] | None) -> None:
         super().__init__(config)
         self._service, self._ready = service, ready
+        self._failed = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -69,7 +74,8 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._service.failure is not None:
-            self.should_exit = True
+            self._failed = self._failed or time.monotonic()
+            self.should_exit = time.monotonic() - self._failed > _FAILED_SECONDS
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
