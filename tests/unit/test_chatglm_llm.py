@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hanlin
 from chatglm_directory import PIECES, config, quantised, tokenizer_config, tokenizer_model, weights, write
 from hanlin.chat.chatglm import clean
+from hanlin.checkpoints.base import TensorInfo
+from hanlin.checkpoints.row_quantised import RowQuantisedSource
 from hanlin.errors import CheckpointError, ConfigError, RequestError
 from hanlin.kernels.native import available
+from hanlin.models.chatglm import read_config
 
 NAMES = [piece for piece, _ in PIECES]
 IDS = {
@@ -115,8 +121,6 @@ def test_configurations_that_make_no_sense(model: Path, tmp_path: Path) -> None:
 
 
 def test_both_layouts_by_the_size_of_the_vocabulary() -> None:
-    from hanlin.models.chatglm import read_config
-
     for rows, offset in ((130528, 0), (150528, 20000)):
         got = read_config({"vocab_size": rows})
         assert (got.mask_id, got.gmask_id, got.bos_id, *got.stop_ids) == tuple(
@@ -166,3 +170,54 @@ def test_broken_quantised_checkpoints(model: Path, tmp_path: Path) -> None:
     values["quantization_bit"] = 0
     with pytest.raises(CheckpointError, match=r"\(192, 32\), the configuration needs \(192, 64\)"):
         load(write(tmp_path / "wrong", values, quantised(weights(values), 4)), "torch")
+
+
+NUMBERS = st.one_of(st.integers(-3, 200000), st.floats())
+ODD = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=3), st.lists(st.integers()))
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(sorted(config())), ODD, max_size=4))
+def test_any_configuration_is_read_or_refused(changes: dict[str, Any]) -> None:
+    with suppress(ConfigError):
+        read_config({**config(), **changes})
+
+
+class Files:
+    """Files that hold these tensors."""
+
+    path, metadata = Path("files"), {}
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        names = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+        self.tensors = tensors
+        self.infos = {
+            name: TensorInfo(name, tuple(t.shape), names[t.dtype], t.nbytes, self.path) for name, t in tensors.items()
+        }
+
+    def load(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def raw(self, name: str) -> Any:
+        return self.tensors[name].numpy().view("uint8").reshape(-1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=3),
+    scale=st.lists(st.integers(0, 5), max_size=2),
+    kinds=st.tuples(*[st.sampled_from([torch.int8, torch.float16, torch.float32, torch.int64])] * 2),
+    bits=st.sampled_from([4, 8]),
+)
+def test_any_scales_are_read_or_refused(shape: list[int], scale: list[int], kinds: Any, bits: int) -> None:
+    files: Any = Files(
+        {"a.weight": torch.ones(shape, dtype=kinds[0]), "a.weight_scale": torch.ones(scale).to(kinds[1])}
+    )
+    try:
+        source = RowQuantisedSource(files, bits)
+    except CheckpointError as error:
+        assert "'a.weight'" in str(error)
+        return
+    info = source.infos["a.weight"]
+    assert source.load("a.weight").shape == info.shape and list(source.infos) == ["a.weight"]
+    assert source.raw("a.weight").nbytes == info.nbytes
