@@ -414,3 +414,23 @@ def test_prompts_give_way_to_decoding(tiny: Any) -> None:
     assert 0 < long.computed <= 33
     run(engine)
     assert answer(long) == alone(model, list(long.prompt), long.sampling)
+
+
+def test_hurried_prompts_leave_decoding_its_places(tiny: Any) -> None:
+    """Steps meant to be short, short prompts longer than that, and many who decode: each gets one token a step."""
+    model = tiny("llama")
+    engine = engine_of(model, blocks=400, max_step_tokens=200, step_seconds=1e-9)
+    engine._pace.note(100, 1, 1.0)
+    sampling = SamplingParams(temperature=0, max_tokens=40)
+    talkers = [request([i, i + 1], sampling, model) for i in range(5)]
+    for sequence in talkers:
+        engine.add(sequence)
+    while not all(sequence.generated for sequence in talkers):
+        engine.step()
+    for number in range(8):
+        engine.add(request([number] * 60, sampling, model))
+        before = [len(sequence.generated) for sequence in talkers]
+        engine.step()
+        assert all(len(s.generated) > n for s, n in zip(talkers, before, strict=True))
+    run(engine)
+    assert answer(talkers[0]) == alone(model, [0, 1], sampling)

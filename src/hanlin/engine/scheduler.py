@@ -66,9 +66,8 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:  # preempted for an older one just now
                 continue
             one = sequence.remaining == 1
-            tokens = min(1, budget) if one else shares.get(sequence, 0)
+            tokens = int(len(chosen) < self.max_step_tokens) if one else shares.get(sequence, 0)
             if tokens and self._make_room(sequence, sequence.computed + tokens, chosen):
-                budget -= tokens
                 if one:
                     guesses = self._guesses(sequence, spare)
                     spare -= guesses
