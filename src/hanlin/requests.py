@@ -129,7 +129,8 @@ class RequestBuilder:
         """The n sequences of a job; all but the first wait for its prompt, to share it."""
         sampling, skip = job.sampling, job.sampling.skip_special_tokens
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.stop_ids)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        # 53 bits: what JavaScript, too, reads exactly from a reply.
+        seed = secrets.randbits(53) if sampling.seed is None else sampling.seed
         adapter = self.adapters.get(job.adapter)
         encode = self.tokenizer.encode
         bad = tuple(tuple(encode(start + text)) for text in sampling.bad_words for start in ("", " "))
