@@ -197,6 +197,20 @@ def test_the_largest_and_what_is_no_number(context: Context, kind: KVKind) -> No
     assert np.abs(got_k[0] - k[0]).max() <= 6e4 * 0.1
 
 
+def test_int4_keeps_keys_in_eight_bits(context: Context) -> None:
+    k, v = normal(16, 2, 80, scale=3), normal(16, 2, 80, seed=1)
+    slots, found = np.arange(16, dtype=np.int64), {}
+    for kind in (KVKind.INT8, KVKind.INT4):
+        pool = KVPool(kind, layers=1, blocks=1, block_size=16, heads=2, head_size=80)
+        pool.write(context, 0, slots, k, v)
+        found[kind] = pool.read(context, 0, slots)
+    assert np.array_equal(found[KVKind.INT4][0], found[KVKind.INT8][0])
+    error = np.abs(found[KVKind.INT4][1] - v).max(-1)
+    assert (error <= 1.02 * (v.max(-1) - v.min(-1)) / 30 + 1e-3).all()
+    small, large = (block_bytes(kind, 16, 2, 128) for kind in (KVKind.INT4, KVKind.INT8))
+    assert small < 0.77 * large
+
+
 def test_blocks_are_copied_and_swapped_as_bytes(best: Context) -> None:
     for kind in KVKind:
         pool, other = pool_of(kind), pool_of(kind, blocks=3)

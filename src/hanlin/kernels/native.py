@@ -43,7 +43,7 @@ __all__ = [
     "unavailable_reason",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 TILE = 32  # outputs that are stored together
 ADD, SILU_MUL, GELU = 1, 2, 4  # what happens to a product before it is written
 

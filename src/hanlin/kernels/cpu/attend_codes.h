@@ -23,6 +23,7 @@ constexpr int code_rows = 6;  // x 2 vectors x high and low
 constexpr int code_rows = 2;
 #endif
 
+// `Kind` is the values'; keys are of eight bits always.
 template <int Kind>
 struct CodeEngine {
   static constexpr int per_unit = 4;
@@ -81,6 +82,7 @@ struct CodeEngine {
     head(to)->offset = head(to)->scale * static_cast<float>(head(to)->sum);
   }
 
+  template <int Of>
   HL_INLINE I dot(I sum, B codes, I x) {
 #if defined(__AVX512VNNI__) && defined(__GNUC__)
     // The same as dot_u8. GCC 12 keeps a second copy of every sum in memory when the intrinsic's sums live on through a
@@ -88,13 +90,14 @@ struct CodeEngine {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(codes.v), "v"(x.v));
     return sum;
 #else
-    return Kind == HL_KV_INT4 ? dot_u4(sum, codes, x) : dot_u8(sum, codes, x);
+    return Of == HL_KV_INT4 ? dot_u4(sum, codes, x) : dot_u8(sum, codes, x);
 #endif
   }
 
   // Codes of two vectors in a row; `index` is even.
+  template <int Of>
   HL_INLINE void read(const uint8_t* from, int64_t index, B (&codes)[2]) {
-    if (Kind == HL_KV_INT4) {
+    if (Of == HL_KV_INT4) {
       const B both = load_b(from + 64 * (index / 2));
       codes[0] = low_nibbles(both);
       codes[1] = high_nibbles(both);
@@ -105,9 +108,10 @@ struct CodeEngine {
   }
 
   // 128 * high + low, and what a dot of signed codes leaves out.
+  template <int Of>
   HL_INLINE F whole(I high, I low, const CodeRow& row) {
     I all = addi(shl<7>(high), low);
-    if (Kind == HL_KV_INT8 && signed_u8) all = addi(all, shl<7>(set1i(row.sum)));
+    if (Of == HL_KV_INT8 && signed_u8) all = addi(all, shl<7>(set1i(row.sum)));
     return to_float(all);
   }
 
@@ -118,14 +122,14 @@ struct CodeEngine {
     HL_UNROLL for (int m = 0; m < M; m++) HL_UNROLL for (int n = 0; n < N; n++) high[m][n] = low[m][n] = set1i(0);
     for (int64_t u = 0; u < units; u += 2) {
       B codes[N][2];
-      HL_UNROLL for (int n = 0; n < N; n++) read(keys[n], u, codes[n]);
+      HL_UNROLL for (int n = 0; n < N; n++) read<HL_KV_INT8>(keys[n], u, codes[n]);
       HL_UNROLL for (int m = 0; m < M; m++) {
         const uint8_t* x = q + m * stride + sizeof(CodeRow) + u * unit_bytes;
         HL_UNROLL for (int i = 0; i < 2; i++) {
           const I a = unit(x + i * unit_bytes), b = unit(x + i * unit_bytes + per_unit);
           HL_UNROLL for (int n = 0; n < N; n++) {
-            high[m][n] = dot(high[m][n], codes[n][i], a);
-            low[m][n] = dot(low[m][n], codes[n][i], b);
+            high[m][n] = dot<HL_KV_INT8>(high[m][n], codes[n][i], a);
+            low[m][n] = dot<HL_KV_INT8>(low[m][n], codes[n][i], b);
           }
         }
       }
@@ -134,7 +138,7 @@ struct CodeEngine {
       const F scale = load_f16(params[n]), minimum = load_f16(params[n] + HL_SLOTS);
       HL_UNROLL for (int m = 0; m < M; m++) {
         const CodeRow& row = head(q + m * stride);
-        const F s = fma(whole(high[m][n], low[m][n], row), mul(scale, set1(row.scale)), mul(minimum, set1(row.offset)));
+        const F s = fma(whole<HL_KV_INT8>(high[m][n], low[m][n], row), mul(scale, set1(row.scale)), mul(minimum, set1(row.offset)));
         store(scores + m * HL_SPAN + n * HL_SLOTS, s);
       }
     }
@@ -144,10 +148,10 @@ struct CodeEngine {
   // third less time. Floats, which take more bytes for the same arithmetic, gain nothing.)
   // Inline, because GCC takes calls of a function that only prefetches for useless.
   HL_INLINE void ask(const Groups& groups, int g, int n_groups, int32_t head_size) {
-    const int64_t part = kv_part_bytes(Kind, head_size);
+    const int64_t keys = kv_part_bytes(HL_KV_INT8, head_size), values = kv_part_bytes(Kind, head_size);
     for (int i = g; i < g + 2; i++) {
-      if (i + 4 < n_groups) ask_for(groups.keys[i + 4], part);
-      ask_for(groups.values[i], part);
+      if (i + 4 < n_groups) ask_for(groups.keys[i + 4], keys);
+      ask_for(groups.values[i], values);
       ask_for(groups.params[i], 4 * HL_SLOTS * 2);
     }
   }
@@ -220,20 +224,20 @@ struct CodeEngine {
     const int64_t units = (count + per_unit - 1) / per_unit;
     for (int64_t u = 0; u < units; u++) {
       B codes[2];
-      read(values[u / units_of_group] + u % units_of_group * row, index, codes);
+      read<Kind>(values[u / units_of_group] + u % units_of_group * row, index, codes);
       HL_UNROLL for (int m = 0; m < M; m++) {
         const uint8_t* x = weights + m * weight_bytes + sizeof(CodeRow) + u * unit_bytes;
         const I a = unit(x), b = unit(x + per_unit);
         HL_UNROLL for (int n = 0; n < 2; n++) {
-          high[m][n] = dot(high[m][n], codes[n], a);
-          low[m][n] = dot(low[m][n], codes[n], b);
+          high[m][n] = dot<Kind>(high[m][n], codes[n], a);
+          low[m][n] = dot<Kind>(low[m][n], codes[n], b);
         }
       }
     }
     HL_UNROLL for (int i = 0; i < 2 * M; i++) {
       const int m = i / 2, n = i % 2;
       const CodeRow& of = head(weights + m * weight_bytes);
-      store(out + m * padded + n * lanes, fma(whole(high[m][n], low[m][n], of), set1(of.scale), set1(of.offset)));
+      store(out + m * padded + n * lanes, fma(whole<Kind>(high[m][n], low[m][n], of), set1(of.scale), set1(of.offset)));
     }
   }
 

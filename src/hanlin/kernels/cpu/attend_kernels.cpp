@@ -88,7 +88,7 @@ void attend_with(const Attention& what, const AttendTask& task, bool widens, voi
   const hl_kv& kv = *what.kv;
   const Desk<Engine> desk(kv, widens, scratch);
   const int64_t padded = padded_head(kv.head_size), record_floats = partial_floats(kv.head_size);
-  const int64_t part = kv_part_bytes(kv.kind, kv.head_size), slots_bytes = kv_slots_bytes(kv.kind, kv.head_size);
+  const int64_t keys_bytes = kv_keys_bytes(kv), values_bytes = kv_values_bytes(kv), slots_bytes = kv_slots_bytes(kv);
   const int rows = task.row1 - task.row0;
   const int32_t* blocks = what.step->block_table + static_cast<int64_t>(task.sequence) * what.step->max_blocks;
   const auto slots_at = [&](int64_t key) {
@@ -114,8 +114,8 @@ void attend_with(const Attention& what, const AttendTask& task, bool widens, voi
       const uint8_t* slots = slots_at(at);
       if (at + HL_SPAN < end) ask_for(slots_at(at + HL_SPAN), slots_bytes < 256 ? slots_bytes : 256);
       groups.keys[g] = slots;
-      groups.values[g] = slots + part;
-      groups.params[g] = reinterpret_cast<const uint16_t*>(slots + 2 * part);
+      groups.values[g] = slots + keys_bytes;
+      groups.params[g] = reinterpret_cast<const uint16_t*>(slots + keys_bytes + values_bytes);
       if (!widens) continue;
       uint8_t* to = desk.wide_slots + g * desk.wide_bytes;
       widen_slots(slots, padded, to);

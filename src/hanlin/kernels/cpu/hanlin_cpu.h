@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define HL_ABI_VERSION 3
+#define HL_ABI_VERSION 4
 
 typedef enum hl_status {
   HL_OK = 0,
@@ -214,8 +214,9 @@ HL_API int32_t hl_top(hl_ctx* ctx, const float* x, int64_t ldx, int64_t rows, in
  *   HL_KV_BF16   keys [P/2][16 slots][2]; values [8 pairs of slots][P][2] bfloat16: what a bfloat16 dot product reads
  *   HL_KV_INT8   keys [P/4][16 slots][4]; values [4 quads of slots][P][4] codes: what a byte dot product reads; then
  *                half scale[16], min[16] of the keys, and the same of the values
- *   HL_KV_INT4   as HL_KV_INT8, but of every two vectors of 64 codes the first has the low nibbles
+ *   HL_KV_INT4   as HL_KV_INT8, but of every two vectors of 64 codes of values the first has the low nibbles
  *
+ * Keys are of eight bits in HL_KV_INT4 as well: of four, they cost a small model ten times as much as the values do.
  * int8 and int4 are asymmetric per token and head: scale = (max - min) / 255 or 15, rounded up to float16; min rounded
  * to float16; code = floor((x - min) / scale + 0.5); x' = code * scale + min. So |x - x'| <= scale / 2 + |min| / 2048
  * for |x| < 65504. A token with a value that is not finite reads back as NaN in that head. Slots never written hold

@@ -51,15 +51,14 @@ HL_INLINE void scatter(const Element* row, int64_t n, bool keys, int64_t slot, i
   }
 }
 
-// In int4 two vectors of 64 codes share 64 bytes. For keys those are of dimensions d and d + 4, for values of d and d
-// + 16.
-constexpr int keys_apart = 4, values_apart = 16;
+// In int4 two vectors of 64 codes share 64 bytes: those of dimensions d and d + 16.
+constexpr int nibbles_apart = 16;
 
-template <int apart>
 HL_INLINE int64_t join(const uint8_t* codes, int64_t n, uint8_t* both) {
   int64_t bytes = 0;
-  for (int64_t d = 0; d < n; d += 2 * apart, bytes += apart)
-    for (int i = 0; i < apart; i++) both[bytes + i] = static_cast<uint8_t>(codes[d + i] | codes[d + apart + i] << 4);
+  for (int64_t d = 0; d < n; d += 2 * nibbles_apart, bytes += nibbles_apart)
+    for (int i = 0; i < nibbles_apart; i++)
+      both[bytes + i] = static_cast<uint8_t>(codes[d + i] | codes[d + nibbles_apart + i] << 4);
   return bytes;
 }
 
@@ -106,38 +105,38 @@ void encode(const float* x, int32_t n, float steps, uint8_t (&codes)[most_head],
 
 void write_row(const hl_kv& kv, uint8_t* part, uint16_t* params, bool keys, int64_t slot, const float* x) {
   const int64_t padded = padded_head(kv.head_size);
-  const int32_t n = kv.head_size;
-  if (kv.kind == HL_KV_F32) return scatter<1>(x, n, keys, slot, padded, reinterpret_cast<float*>(part));
-  if (kv.kind == HL_KV_BF16) {
+  const int32_t n = kv.head_size, kind = keys ? key_kind(kv.kind) : kv.kind;
+  if (kind == HL_KV_F32) return scatter<1>(x, n, keys, slot, padded, reinterpret_cast<float*>(part));
+  if (kind == HL_KV_BF16) {
     uint16_t rounded[most_head];
     for (int32_t d = 0; d < n; d += lanes)
       store_u16(rounded + d, to_bf16(n - d < lanes ? load(x + d, n - d) : load(x + d)));
     return scatter<2>(rounded, n, keys, slot, padded, reinterpret_cast<uint16_t*>(part));
   }
   uint8_t codes[most_head];
-  encode(x, n, kv.kind == HL_KV_INT8 ? 255.0f : 15.0f, codes, params + slot, params + HL_SLOTS + slot);
-  if (kv.kind == HL_KV_INT8) return scatter<4>(codes, n, keys, slot, padded, part);
+  encode(x, n, kind == HL_KV_INT8 ? 255.0f : 15.0f, codes, params + slot, params + HL_SLOTS + slot);
+  if (kind == HL_KV_INT8) return scatter<4>(codes, n, keys, slot, padded, part);
   uint8_t both[most_head / 2];
-  const int64_t bytes = keys ? join<keys_apart>(codes, n, both) : join<values_apart>(codes, n, both);
-  scatter<4>(both, bytes, keys, slot, padded / 2, part);
+  scatter<4>(both, join(codes, n, both), false, slot, padded / 2, part);
 }
 
 void read_row(const hl_kv& kv, const uint8_t* part, const uint16_t* params, bool keys, int64_t slot, float* x) {
   const int64_t padded = padded_head(kv.head_size);
-  const bool codes = kv_has_params(kv.kind);
+  const int32_t kind = keys ? key_kind(kv.kind) : kv.kind;
+  const bool codes = kv_has_params(kind);
   const float scale = codes ? from_half(params[slot]) : 0, low = codes ? from_half(params[HL_SLOTS + slot]) : 0;
   for (int64_t d = 0; d < kv.head_size; d++) {
-    if (kv.kind == HL_KV_F32) {
+    if (kind == HL_KV_F32) {
       x[d] = reinterpret_cast<const float*>(part)[place_of<1>(keys, slot, d, padded)];
-    } else if (kv.kind == HL_KV_BF16) {
+    } else if (kind == HL_KV_BF16) {
       const uint32_t u = uint32_t{reinterpret_cast<const uint16_t*>(part)[place_of<2>(keys, slot, d, padded)]} << 16;
       memcpy(x + d, &u, 4);
-    } else if (kv.kind == HL_KV_INT8) {
+    } else if (kind == HL_KV_INT8) {
       x[d] = static_cast<float>(part[place_of<4>(keys, slot, d, padded)]) * scale + low;
     } else {
-      const int64_t apart = keys ? keys_apart : values_apart, at = d / (2 * apart) * apart + d % apart;
-      const int both = part[place_of<4>(keys, slot, at, padded / 2)];
-      x[d] = static_cast<float>(d / apart % 2 ? both >> 4 : both & 15) * scale + low;
+      const int64_t at = d / (2 * nibbles_apart) * nibbles_apart + d % nibbles_apart;
+      const int both = part[place_of<4>(false, slot, at, padded / 2)];
+      x[d] = static_cast<float>(d / nibbles_apart % 2 ? both >> 4 : both & 15) * scale + low;
     }
   }
 }
@@ -145,19 +144,19 @@ void read_row(const hl_kv& kv, const uint8_t* part, const uint16_t* params, bool
 }  // namespace
 
 void kv_write(const hl_kv& kv, int64_t slot, int32_t head, const float* k, const float* v) {
-  const int64_t offset = slot % kv.block_size, part = kv_part_bytes(kv.kind, kv.head_size);
+  const int64_t offset = slot % kv.block_size, keys = kv_keys_bytes(kv), values = kv_values_bytes(kv);
   uint8_t* slots = kv_slots(kv, slot / kv.block_size, head, offset);
-  uint16_t* params = reinterpret_cast<uint16_t*>(slots + 2 * part);
+  uint16_t* params = reinterpret_cast<uint16_t*>(slots + keys + values);
   write_row(kv, slots, params, true, offset % HL_SLOTS, k);
-  write_row(kv, slots + part, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
+  write_row(kv, slots + keys, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
 }
 
 void kv_read(const hl_kv& kv, int64_t slot, int32_t head, float* k, float* v) {
-  const int64_t offset = slot % kv.block_size, part = kv_part_bytes(kv.kind, kv.head_size);
+  const int64_t offset = slot % kv.block_size, keys = kv_keys_bytes(kv), values = kv_values_bytes(kv);
   const uint8_t* slots = kv_slots(kv, slot / kv.block_size, head, offset);
-  const uint16_t* params = reinterpret_cast<const uint16_t*>(slots + 2 * part);
+  const uint16_t* params = reinterpret_cast<const uint16_t*>(slots + keys + values);
   read_row(kv, slots, params, true, offset % HL_SLOTS, k);
-  read_row(kv, slots + part, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
+  read_row(kv, slots + keys, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
 }
 
 }  // namespace hl::HL_VARIANT

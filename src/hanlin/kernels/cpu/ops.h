@@ -14,7 +14,9 @@ namespace hl {
 static inline int64_t padded_head(int32_t head_size) { return (head_size + 31) / 32 * int64_t{32}; }
 static inline bool kv_has_params(int32_t kind) { return kind >= HL_KV_INT8; }
 
-// Bytes of the keys (or of the values) of HL_SLOTS slots of one head.
+// What the keys of a pool are stored as; its values are of its own kind.
+static inline int32_t key_kind(int32_t kind) { return kind == HL_KV_INT4 ? HL_KV_INT8 : kind; }
+
 static inline int64_t kv_part_bytes(int32_t kind, int32_t head_size) {
   const int64_t elements = padded_head(head_size) * HL_SLOTS;
   return kind == HL_KV_F32    ? elements * 4
@@ -23,20 +25,22 @@ static inline int64_t kv_part_bytes(int32_t kind, int32_t head_size) {
                               : elements / 2;
 }
 
-// Bytes of all that HL_SLOTS slots of one head have.
-static inline int64_t kv_slots_bytes(int32_t kind, int32_t head_size) {
-  return 2 * kv_part_bytes(kind, head_size) + (kv_has_params(kind) ? 4 * HL_SLOTS * 2 : 0);
+// Bytes of the keys, of the values, and of all that HL_SLOTS slots of one head have.
+static inline int64_t kv_keys_bytes(const hl_kv& kv) { return kv_part_bytes(key_kind(kv.kind), kv.head_size); }
+static inline int64_t kv_values_bytes(const hl_kv& kv) { return kv_part_bytes(kv.kind, kv.head_size); }
+static inline int64_t kv_slots_bytes(const hl_kv& kv) {
+  return kv_keys_bytes(kv) + kv_values_bytes(kv) + (kv_has_params(kv.kind) ? 4 * HL_SLOTS * 2 : 0);
 }
 
 static inline int64_t kv_block_bytes(const hl_kv& kv) {
-  return kv_slots_bytes(kv.kind, kv.head_size) * (kv.block_size / HL_SLOTS) * kv.heads;
+  return kv_slots_bytes(kv) * (kv.block_size / HL_SLOTS) * kv.heads;
 }
 
 // Where the HL_SLOTS slots that hold `offset` of a block begin.
 static inline uint8_t* kv_slots(const hl_kv& kv, int64_t block, int64_t head, int64_t offset) {
   const int64_t groups = kv.block_size / HL_SLOTS;
   return static_cast<uint8_t*>(kv.data) +
-         ((block * kv.heads + head) * groups + offset / HL_SLOTS) * kv_slots_bytes(kv.kind, kv.head_size);
+         ((block * kv.heads + head) * groups + offset / HL_SLOTS) * kv_slots_bytes(kv);
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
