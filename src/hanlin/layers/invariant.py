@@ -24,7 +24,6 @@ from hanlin.layers.tables import TabledRope
 __all__ = ["RowPaths", "make_invariant", "product", "sum_by_halving"]
 
 _COUNTS = (128, 32, 8, 4, 1)
-_TRIALS = 8  # rows tried in each probe; with short sums, one may miss what sets two paths apart
 _ALIGNMENT = 64  # bytes; some libraries take another path for arrays that start elsewhere
 
 
@@ -49,8 +48,8 @@ class RowPaths:
     def _probe(like: Tensor, bias: Tensor | None) -> tuple[int, ...]:
         (rows, columns), dtype = like.shape, like.dtype
         generator = torch.Generator().manual_seed(0)
-        half = torch.randn(_TRIALS, columns // 2, generator=generator).to(dtype)
-        trials = F.pad(torch.cat((half, half), 1), (0, columns % 2))
+        half = torch.randn(1, columns // 2, generator=generator).to(dtype)
+        row = F.pad(torch.cat((half, half), 1), (0, columns % 2))
         weight = torch.empty(rows, columns, dtype=dtype)
         for start in range(0, rows, 1024):  # in parts, to need no second weight in float32
             part = weight[start : start + 1024]
@@ -59,15 +58,15 @@ class RowPaths:
         zero = None if bias is None else torch.zeros_like(bias)
         groups: list[tuple[Tensor, list[int]]] = []
         for count in _COUNTS:
-            out = torch.stack([F.linear(row.expand(count, -1).contiguous(), weight, zero) for row in trials])
-            if not torch.equal(out, out[:, :1].expand_as(out)):
+            out = F.linear(row.expand(count, -1).contiguous(), weight, zero)
+            if not torch.equal(out, out[:1].expand_as(out)):
                 continue  # rows of one call already differ
             for first, members in groups:
-                if torch.equal(first, out[:, 0]):
+                if torch.equal(first, out[0]):
                     members.append(count)
                     break
             else:
-                groups.append((out[:, 0], [count]))
+                groups.append((out[0], [count]))
         # The best group has small counts for decoding and large ones for prompts; one row alone always qualifies.
         best = max((members for _, members in groups), key=lambda m: (m[-1] <= 16, len(m), m[0]))
         return tuple(best)
