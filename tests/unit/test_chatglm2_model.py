@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chatglm2_directory import config, glm_config
+from chatglm2_directory import config, glm_config, weights, write
+from chatglm_directory import quantised
+from hanlin.checkpoints.load import load_model
+from hanlin.checkpoints.row_quantised import dequantised
 from hanlin.errors import ConfigError
 from hanlin.layers.rope import Positions, Rope, rotate
 from hanlin.models.chatglm import ChatGLMConfig
@@ -87,3 +91,19 @@ def test_where_the_share_may_stand() -> None:
     assert read_config(values).rope.dims == 4
     parameters = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 1.0}
     assert read_config({**values, "rope_parameters": parameters}).rope.dims == 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_released_quantised_files(tmp_path: Path, bits: int) -> None:
+    """chatglm2-6b-int4 and its like: the same numbers as files that hold what the codes stand for."""
+    values = config(quantization_bit=bits)
+    stored = quantised(weights(values), bits)
+    dense = {}
+    for name, tensor in stored.items():
+        scale = stored.get(f"{name}_scale")
+        if not name.endswith("_scale"):
+            dense[name] = tensor.float() if scale is None else dequantised(tensor, scale, bits)
+    device = torch.device("cpu")
+    found = load_model(write(tmp_path / "codes", values, stored), dtype=torch.float32, device=device).model
+    plain = load_model(write(tmp_path / "plain", config(), dense), dtype=torch.float32, device=device).model
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), plain.parameters(), strict=True))

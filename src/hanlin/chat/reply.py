@@ -196,8 +196,8 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def json_text(value: object) -> str:
+def json_text(value: object, *, indent: int | None = None) -> str:
     """JSON text of arguments, written one way."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
     # JSON can spell half a surrogate pair, which no UTF-8 response can carry: leave such text escaped.
-    return text if _encodable(text) else json.dumps(value)
+    return text if _encodable(text) else json.dumps(value, indent=indent)

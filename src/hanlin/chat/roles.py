@@ -14,7 +14,7 @@ from hanlin.chat.tools import tool_spec
 from hanlin.errors import ChatFormatError, problems
 from hanlin.types import Message, Rendered, ReplyParser, SamplingParams, Tokenizer, Tool, ToolCall
 
-__all__ = ["FENCE", "ROLE_TOKENS", "RolesFormat", "TidyParser", "arguments_schema", "fenced"]
+__all__ = ["FENCE", "ROLE_TOKENS", "Part", "RolesFormat", "TidyParser", "arguments_schema", "fenced"]
 
 FENCE = "```"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -112,7 +112,14 @@ class RolesFormat(ABC):
         found = [f"{what} {name[:40]!r}" for what, name in names if not name.isprintable() or not name.strip()]
         if found:
             raise ChatFormatError(problems(f"chat format '{self.name}'", found, "Names must be printable."))
-        parts = [part for turn in self._with_tools(turns, tools) for part in self._parts(turn)]
+        return self.write(self.parts(turns, tools), generation_prompt=generation_prompt)
+
+    def parts(self, turns: list[Message], tools: Sequence[Tool] = ()) -> list[Part]:
+        """What stands behind each role token."""
+        return [part for turn in self._with_tools(turns, tools) for part in self._parts(turn)]
+
+    def write(self, parts: Sequence[Part], *, generation_prompt: bool) -> Writer:
+        """The conversation as ids and weights."""
         writer = Writer(self._tokenizer)
         for name in ("[gMASK]", self.sop):
             writer.special(self._ids[name])

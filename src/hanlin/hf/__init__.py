@@ -19,6 +19,8 @@ from hanlin.hf.chatglm import (  # noqa: E402 - after the check, whose message s
     ChatGLMModel,
     ChatGLMTokenizer,
 )
+from hanlin.hf.chatglm2 import CHATGLM2  # noqa: E402
+from hanlin.hf.chatglm2_tokenizer import ChatGLM4Tokenizer  # noqa: E402
 from hanlin.hf.gpus import load_model_on_gpus  # noqa: E402
 from hanlin.hf.internlm2 import (  # noqa: E402
     FAMILY,
@@ -45,6 +47,7 @@ from hanlin.hf.llama import (  # noqa: E402
 from hanlin.hf.register import register  # noqa: E402
 
 __all__ = [
+    "ChatGLM4Tokenizer",
     "ChatGLMConfig",
     "ChatGLMForConditionalGeneration",
     "ChatGLMModel",
@@ -67,4 +70,4 @@ __all__ = [
     "load_model_on_gpus",
 ]
 
-register(FAMILY, CHATGLM, INTERNLM, INTERNLM3)
+register(FAMILY, CHATGLM, CHATGLM2, INTERNLM, INTERNLM3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from hanlin.chat.chatglm import ChatGLMFormat
 from hanlin.errors import ConfigError, RequestError, TokenizerError
 from hanlin.hf.base import HanlinCausalLM, HanlinConfig, HanlinModel, HanlinPreTrainedModel
 from hanlin.hf.chat import History, encode_prompt, reply_text, stream
-from hanlin.hf.register import HFFamily
+from hanlin.hf.register import WHERE, HFFamily
 from hanlin.hf.row_quantised import quantise_rows
 from hanlin.hf.tokenizer import to_hanlin
 from hanlin.layers.linear import Linear
@@ -32,6 +32,7 @@ __all__ = [
     "ChatGLMForConditionalGeneration",
     "ChatGLMModel",
     "ChatGLMTokenizer",
+    "GLMCausalLM",
     "InvalidScoreLogitsProcessor",
 ]
 
@@ -94,11 +95,11 @@ class ChatGLMConfig(HanlinConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Raises:
-        ConfigError: the configuration of a later ChatGLM, which shares the `model_type`.
-        """
+        """As Transformers' own; ChatGLM2 and all later ones share the `model_type` and get their class of this name."""
         if family_name({"model_type": cls.model_type, **config_dict}) != cls.model_type:
-            raise ConfigError("this is the configuration of ChatGLM2 or later, not of ChatGLM-6B")
+            from hanlin.hf.chatglm2 import ChatGLMConfig as Later
+
+            return Later.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def read(self, values: Mapping[str, Any]) -> chatglm.ChatGLMConfig:
@@ -225,17 +226,8 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, HanlinCausalLM):
-    """The language model, with the `chat`, `stream_chat` and `quantize` of the model card."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__(config)
-        self.transformer = ChatGLMModel(config)
-        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, cut="out")
-        if config.quantization_bit:
-            quantise_rows(self.transformer.layers, config.quantization_bit, empty=True)
-        self.post_init()
-        self.freeze()
+class GLMCausalLM(HanlinCausalLM):
+    """What the language models of all ChatGLMs share: soft prefixes that alone learn, `quantize`, options of `chat`."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -250,16 +242,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, HanlinCausalLM):
                 parameter.requires_grad_(".prefix_encoder." in name)
 
     @property
-    def model(self) -> ChatGLMModel:
-        return self.transformer
+    def model(self) -> HanlinModel:
+        return cast(HanlinModel, self.transformer)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+    @property
+    def harmless(self) -> int:
+        """The token that is chosen where the scores are no numbers."""
+        return 5
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    def quantize(self, bits: int, *args: Any, **kwargs: Any) -> ChatGLMForConditionalGeneration:
+    def quantize(self, bits: int, *args: Any, **kwargs: Any) -> Self:
         """Keep the linear layers of all blocks in 4 or 8 bits, one scale a row, as the released code does. In place.
 
         Further arguments of the released code, which choose its CUDA and C kernels, change nothing here.
@@ -273,9 +264,59 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, HanlinCausalLM):
             return self
         if self.config.quantization_bit:
             raise ConfigError(f"this model has {self.config.quantization_bit} bits already; load the original instead")
-        quantise_rows(self.transformer.layers, bits)
+        quantise_rows(self.model.blocks, bits)
         self.config.quantization_bit = bits
         return self
+
+    def options(
+        self,
+        max_length: int,
+        do_sample: bool,
+        top_p: float,
+        temperature: float,
+        processors: Sequence[LogitsProcessor] | None,
+        others: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What `generate` gets; greedy search takes no temperature, and Transformers warns about one."""
+        guard = InvalidScoreLogitsProcessor(self.harmless)
+        sampling = {"top_p": top_p, "temperature": temperature} if do_sample else {}
+        length = {} if "max_new_tokens" in others else {"max_length": max_length}
+        found = LogitsProcessorList([*(processors or ()), guard])
+        return {"do_sample": do_sample, "logits_processor": found, **length, **sampling, **others}
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GLMCausalLM):
+    """The language model, with the `chat`, `stream_chat` and `quantize` of the model card."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, cut="out")
+        if config.quantization_bit:
+            quantise_rows(self.transformer.layers, config.quantization_bit, empty=True)
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own; the files of ChatGLM2 and all later ones give their class of this name."""
+        if kwargs.get("config") is None:
+            where = {name: kwargs[name] for name in WHERE if name in kwargs}
+            if not isinstance(ChatGLMConfig.from_pretrained(path, **where), ChatGLMConfig):
+                from hanlin.hf.chatglm2 import ChatGLMForConditionalGeneration as Later
+
+                return Later.from_pretrained(path, *args, **kwargs)
+        return super().from_pretrained(path, *args, **kwargs)
+
+    @property
+    def harmless(self) -> int:
+        return 5 + max(0, int(self.config.vocab_size) - 130528)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = cast(dict[str, Any], super().prepare_inputs_for_generation(input_ids, *args, **kwargs))
@@ -310,7 +351,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, HanlinCausalLM):
     ) -> tuple[str, History]:
         """Answer a query: (response, history with this turn). `kwargs` go to `generate`."""
         chat_format, inputs = self._prompt(tokenizer, query, history)
-        options = self._options(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        options = self.options(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         ids = self.generate(**inputs, num_beams=num_beams, **options)[0, inputs["input_ids"].shape[1] :]
         response = reply_text(chat_format, ids.tolist())
         return response, [*(history or ()), (query, response)]
@@ -329,7 +370,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, HanlinCausalLM):
     ) -> Iterator[tuple[str, History]]:
         """Answer a query piece by piece: (response so far, history with it)."""
         chat_format, inputs = self._prompt(tokenizer, query, history)
-        options = self._options(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        options = self.options(max_length, do_sample, top_p, temperature, logits_processor, kwargs)
         return stream(self, chat_format, inputs, query, list(history or ()), **options)
 
     def _prompt(
@@ -340,21 +381,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, HanlinCausalLM):
             turns += [Message(role="user", content=asked), Message(role="assistant", content=answered)]
         ids = chat_format.render([*turns, Message(role="user", content=query)]).ids
         return chat_format, encode_prompt(ids, self.get_input_embeddings().weight.device)
-
-    def _options(
-        self,
-        max_length: int,
-        do_sample: bool,
-        top_p: float,
-        temperature: float,
-        processors: Sequence[LogitsProcessor] | None,
-        others: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        guard = InvalidScoreLogitsProcessor(5 + max(0, self.config.vocab_size - 130528))
-        sampling = {"top_p": top_p, "temperature": temperature} if do_sample else {}
-        length = {} if "max_new_tokens" in others else {"max_length": max_length}
-        found = LogitsProcessorList([*(processors or ()), guard])
-        return {"do_sample": do_sample, "logits_processor": found, **length, **sampling, **others}
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -27,10 +28,12 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-__all__ = ["HFFamily", "register"]
+from hanlin.models.registry import family_name
+
+__all__ = ["WHERE", "HFFamily", "register"]
 
 # What both readers of configurations take to find a file on the hub.
-_WHERE = "cache_dir force_download proxies token revision local_files_only subfolder".split()
+WHERE = "cache_dir force_download proxies token revision local_files_only subfolder".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class HFFamily:
         model: what `AutoModel` takes when a configuration names none of the others among its `architectures`.
         others: classes beside `causal_lm` that it can name there; `AutoModel` follows the released files in that.
         fast_tokenizer: None for a family that was released with a slow one alone.
+        other_tokenizers: slow ones that a directory's `tokenizer_class` can name instead.
+        name: in the table of families, where other families share the `model_type`.
     """
 
     config: type[PreTrainedConfig]
@@ -51,15 +56,24 @@ class HFFamily:
     others: tuple[type[PreTrainedModel], ...] = ()
     slow_tokenizer: type[PreTrainedTokenizer]
     fast_tokenizer: type[PreTrainedTokenizerFast] | None = None
+    other_tokenizers: tuple[type[PreTrainedTokenizer], ...] = ()
+    name: str = ""
 
-    def has_tokenizer(self, name: object) -> bool:
-        return name in [kind.__name__ for kind in (self.slow_tokenizer, self.fast_tokenizer) if kind]
+    def has_tokenizer(self, name: object, path: object) -> bool:
+        """Whether the family has the class so named, and a directory at `path` its file."""
+        kinds = (self.slow_tokenizer, self.fast_tokenizer, *self.other_tokenizers)
+        files = self.slow_tokenizer.vocab_files_names.values()
+        here = isinstance(path, (str, Path)) and Path(path).is_dir()
+        return name in [kind.__name__ for kind in kinds if kind] and (
+            not here or any(Path(str(path), file).exists() for file in files)
+        )
 
 
 def register(*families: HFFamily) -> None:
     """Enter the families in the Auto classes; doing so again changes nothing."""
     for family in families:
-        AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+        if not family.name:  # else the configuration that has the `model_type` finds out
+            AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
         AutoModel.register(family.config, (family.model, family.causal_lm, *family.others), exist_ok=True)
         AutoModelForCausalLM.register(family.config, family.causal_lm, exist_ok=True)
         if family.classifier is not None:
@@ -88,6 +102,10 @@ def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> C
             kwargs.pop(name, None)
         fast = family.fast_tokenizer if kwargs.pop("use_fast", True) is not False else None
         chosen = fast or family.slow_tokenizer
+        if family.other_tokenizers:
+            where = {name: kwargs[name] for name in WHERE if name in kwargs}
+            named = get_tokenizer_config(pretrained_model_name_or_path, **where).get("tokenizer_class")
+            chosen = next((kind for kind in family.other_tokenizers if kind.__name__ == named), chosen)
         return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
 
     from_pretrained.hanlin_families = families  # type: ignore[attr-defined]
@@ -97,18 +115,19 @@ def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> C
 def _family(path: Any, kwargs: dict[str, Any], families: tuple[HFFamily, ...]) -> HFFamily | None:
     """The family whose configuration or tokenizer class `path` names, or None; reads data only."""
     config = kwargs.get("config")
-    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-    model_type = getattr(config, "model_type", None)
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    values = {} if config is None else config.to_dict()
     if config is None and not kwargs.get("gguf_file"):
         try:
-            model_type = PreTrainedConfig.get_config_dict(path, **where)[0].get("model_type")
+            values = PreTrainedConfig.get_config_dict(path, **where)[0]
         except (OSError, ValueError):
-            model_type = None  # a directory may hold a tokenizer alone; what is truly wrong shows again below
+            values = {}  # a directory may hold a tokenizer alone; what is truly wrong shows again below
+    name = family_name(values)
     for family in families:
-        if family.config.model_type == model_type:
+        if (family.name or family.config.model_type) == name:
             return family
     try:
         named = get_tokenizer_config(path, **where).get("tokenizer_class")
     except (OSError, ValueError):
         return None
-    return next((family for family in families if family.has_tokenizer(named)), None)
+    return next((family for family in families if family.has_tokenizer(named, path)), None)

@@ -29,6 +29,7 @@ _RELEASED: tuple[tuple[str, str], ...] = (
     (
         "zai-org",
         "chatglm-6b chatglm-6b-int4 chatglm-6b-int8 chatglm-6b-int4-qe chatglm2-6b chatglm2-6b-int4 chatglm2-6b-32k "
+        "chatglm2-6b-32k-int4 chatglm3-6b-128k codegeex2-6b-int4 glm-4-9b-hf glm-4-9b-chat-1m-hf "
         "chatglm3-6b chatglm3-6b-base chatglm3-6b-32k codegeex2-6b glm-4-9b glm-4-9b-chat glm-4-9b-chat-1m "
         "glm-4-9b-chat-hf visualglm-6b",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from hanlin.tokenizers.hf import MAX_ID, HFTokenizer
 from hanlin.tokenizers.spm import SentencePieceTokenizer, known_added
 from hanlin.tokenizers.spm_model import NORMAL, SpmModel
 
-__all__ = ["Directory", "Kind", "image_tokens", "load_tokenizer"]
+__all__ = ["Directory", "Kind", "image_tokens", "load_glm", "load_tokenizer"]
 
 MiB = 1 << 20
 _LFS = b"version https://git-lfs"
@@ -124,13 +125,16 @@ class Directory:
         Later revisions name ChatGLM3's role tokens; of the first ones only names tell: the model's own, or its
         directory's.
         """
+        if isinstance(self.config.get("roles"), bool):  # as `hanlin.hf` saves it
+            return bool(self.config["roles"])
         texts = {token.content for token in self.added()} | self.special_names
         template = self.config.get("chat_template")
         if ROLES[1] in texts or (isinstance(template, str) and ROLES[1] in template):
             return True
         named = (self.config.get("name_or_path"), self.json("config.json").get("_name_or_path"))
         places = [place.name for place in (self.path.resolve(), *self.path.resolve().parents[:2])]
-        return any("chatglm3" in name.lower() for name in (*named, *places) if isinstance(name, str))
+        found = (re.search(r"chatglm([23])", name.lower()) for name in (*named, *places) if isinstance(name, str))
+        return next((match[1] == "3" for match in found if match), False)
 
     def specials(self, find: Callable[[str], int | None], defaults: Specials) -> Specials:
         """The defaults, with the directory's own roles, `add_bos_token` and `add_eos_token` put over them."""
@@ -226,16 +230,18 @@ def _chatglm(directory: Directory) -> BaseTokenizer:
     return tokenizer
 
 
-def _glm(directory: Directory) -> BaseTokenizer:
-    """Of ChatGLM2 and all later ones; whatever the class is called, the file says of which make it is."""
+def load_glm(directory: Directory, roles: bool | None = None) -> BaseTokenizer:
+    """Of ChatGLM2 and all later ones; whatever the class is called, the file says of which make it is.
+
+    `roles`: whether ChatGLM3's rather than ChatGLM2's; None finds out.
+    """
     name = str(directory.path / "tokenizer.model")
     data = directory.read("tokenizer.model", limit=32 * MiB)
     if is_ranks(data):
         return glm4_tokenizer(data, added=directory.added(), rows=directory.rows, name=name)
     model = SpmModel.parse(data, name)
-    return chatglm2_tokenizer(
-        model, roles=directory.says_roles, added=directory.added(), rows=directory.rows, name=name
-    )
+    roles = directory.says_roles if roles is None else roles
+    return chatglm2_tokenizer(model, roles=roles, added=directory.added(), rows=directory.rows, name=name)
 
 
 def _tokenizer_json(directory: Directory) -> BaseTokenizer:
@@ -253,7 +259,7 @@ KINDS: tuple[Kind, ...] = (
         classes=frozenset({"InternLM2Tokenizer", "InternLMTokenizer", "InternLM3Tokenizer", "LlamaTokenizer"}),
         load=_sentencepiece,
     ),
-    Kind(file="tokenizer.model", classes=frozenset({"ChatGLMTokenizer", "ChatGLM4Tokenizer"}), load=_glm),
+    Kind(file="tokenizer.model", classes=frozenset({"ChatGLMTokenizer", "ChatGLM4Tokenizer"}), load=load_glm),
     Kind(file="ice_text.model", classes=frozenset({"ChatGLMTokenizer"}), load=_chatglm),
     Kind(file="tokenizer.json", load=_tokenizer_json),
 )
