@@ -49,7 +49,11 @@ _LOSSLESS = {
 }
 # Whole numbers with one scale a row: used as they are, the scale repeated for each group.
 _BY_ROW = {"ROW_INT4": Kind.INT4, "ROW_INT8": Kind.INT8}
-_FEW_BITS = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+# Codes that another quantiser made, with a scale for each of so many columns: used as they are.
+_BY_GROUP: Mapping[str, tuple[Kind, int]] = {
+    f"{kind.name}/{size}": (kind, size) for kind in (Kind.INT4, Kind.INT4_ZERO, Kind.INT8) for size in (32, 64, 128)
+} | {"INT8_ROW": (Kind.INT8_ROW, 0)}
+_FEW_BITS = ("FEW_BITS", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(kw_only=True)
@@ -57,11 +61,12 @@ class Slot:
     """A weight (out, in_) to be packed out of one or more parameters.
 
     Attributes:
-        wide: integer kinds multiply inputs of 16 bits, not 8. The gates and ups, half of all arithmetic, need it least.
+        wide: integer kinds multiply inputs of 12 bits, not 8. The gates and ups, half of all arithmetic, need it least.
         places: for each parameter's name, the output that each of its rows becomes.
         bias: (out,) float32 in the order of the outputs, or None.
         blocks: the kind of GGUF blocks that are used as they are, or None.
         by_row: the stored whole numbers are used as they are, each row with its scale.
+        by_group: the same, with a scale (and a zero point) for each group of columns.
     """
 
     out: int
@@ -75,6 +80,7 @@ class Slot:
     group: int = 0
     blocks: Source | None = None
     by_row: bool = False
+    by_group: bool = False
     weight: PackedWeight | None = None
 
 
@@ -161,7 +167,7 @@ class Lowering:
 
         `files` gives the model's files and the state they are in: numbers that change when a file does.
         """
-        self._few = any(set(dtypes) & set(_BY_ROW) for dtypes in stored.values())
+        self._few = any(set(dtypes) & {*_BY_ROW, *_BY_GROUP, "FEW_BITS"} for dtypes in stored.values())
         rows, width = self._embedding_shape
         auto = self._weights == "auto" and (self._few or set(stored[self._embedding]) & set(_LOSSLESS))
         whole = self._weights in ("int8", "int4") and width % KINDS[self._weights].head_group == 0
@@ -186,9 +192,9 @@ class Lowering:
         for slot in self.slots:
             if name in slot.places and not self.cached:
                 assert slot.weight is not None
-                for rows, order in read(raw=slot.blocks is not None or slot.by_row):
-                    if slot.by_row:
-                        codes = _codes(slot, rows)
+                for rows, order in read(raw=slot.blocks is not None or slot.by_row or slot.by_group):
+                    if slot.by_row or slot.by_group:
+                        codes = _codes(slot, rows) if slot.by_row else _grouped(slot, rows)
                         self._context.pack_codes(slot.weight, *codes, place=slot.places[name][order])
                         continue
                     source = rows.contiguous() if slot.blocks is None else rows
@@ -247,7 +253,7 @@ class Lowering:
         yield digest_of_files([*rooms, Path(__file__), library_path()])
         yield self._context.isa, torch.__version__, size, sorted(stored.items())
         for slot in self.slots:
-            yield slot.kind, slot.group, slot.out, slot.in_, slot.blocks, slot.by_row
+            yield slot.kind, slot.group, slot.out, slot.in_, slot.blocks, slot.by_row, slot.by_group
             for name, rows in (*slot.places.items(), *slot.biases.items()):
                 yield name, blake2b(rows.tobytes(), digest_size=16).digest()
 
@@ -281,7 +287,11 @@ class Lowering:
             if not others and only in _BY_ROW and group:
                 slot.kind, slot.group, slot.by_row = _BY_ROW[only], group, True
                 return
-            few = (dtypes <= {*_FEW_BITS, *_LOSSLESS} or (slot.head and self._few)) and slot.in_ % 32 == 0
+            if not others and only in _BY_GROUP:
+                slot.kind, slot.group = _BY_GROUP[only]
+                slot.by_group = True
+                return
+            few = (dtypes <= {*_FEW_BITS, *_LOSSLESS, *_BY_GROUP} or (slot.head and self._few)) and slot.in_ % 32 == 0
             kinds = KINDS["int8" if few else "bfloat16"]
         else:
             kinds = KINDS[self._weights]
@@ -315,6 +325,15 @@ def _codes(slot: Slot, rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDAr
         codes[:, 0::2] = (rows[:, :-2] >> 4) ^ 8
         codes[:, 1::2] = (rows[:, :-2] & 15) ^ 8
     return np.ascontiguousarray(codes), np.repeat(scale, slot.in_ // slot.group, axis=1)
+
+
+def _grouped(slot: Slot, rows: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
+    """Rows as `QuantisedSource.raw` gives them -> codes (rows, in), scales, and zero points if the kind has any."""
+    codes, rest = np.ascontiguousarray(rows[:, : slot.in_]), np.ascontiguousarray(rows[:, slot.in_ :])
+    if slot.kind is Kind.INT8_ROW:
+        return codes, rest.view(np.float32)[:, 0]
+    numbers = rest.view(np.float16)
+    return codes, *(np.ascontiguousarray(part) for part in np.split(numbers, 2 if slot.kind.offsets else 1, axis=1))
 
 
 def _places(linear: Linear, outputs: Mapping[str, NDArray[np.int32]]) -> NDArray[np.int32]:
