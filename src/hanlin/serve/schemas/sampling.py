@@ -63,6 +63,7 @@ class SamplingBody(Body):
     guided_grammar: str | None = None
 
     logits_processors: Any = None
+    prompt_embeds: Any = None
     allowed_token_ids: Any = None
     use_beam_search: bool | None = None
     truncate_prompt_tokens: Any = None
@@ -72,6 +73,7 @@ class SamplingBody(Body):
     # Fields that would change the answer and cannot be honoured, with the reason; empty values are no request.
     refused: ClassVar[dict[str, str]] = {
         "logits_processors": "requests cannot bring code",
+        "prompt_embeds": "requests cannot bring tensors",
         "allowed_token_ids": "use structured_outputs, or logit_bias",
         "use_beam_search": "replies are drawn, not searched for; use n, or best_of",
         "truncate_prompt_tokens": "prompts are never cut; shorten the prompt",
