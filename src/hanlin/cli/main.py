@@ -47,6 +47,7 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "show": Verb("hanlin.cli.models:show", "Show what a model is: family, size, context, licence."),
         "pull": Verb("hanlin.cli.models:pull", "Fetch a model, or the default one."),
         "rm": Verb("hanlin.cli.models:rm", "Delete a fetched model."),
+        "convert": Verb("hanlin.cli.convert:convert", "Write a model in another layout."),
         "bench": Verb("hanlin.cli.bench:bench", "Measure how fast a model runs, and other engines.", "This machine"),
         "doctor": Verb("hanlin.cli.doctor:doctor", "Check this machine and installation.", "This machine"),
     }
