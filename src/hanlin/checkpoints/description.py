@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hanlin.checkpoints.quantisation import Quantisation, read_quantisation
 from hanlin.checkpoints.source import TensorSource
 from hanlin.errors import CheckpointError, ConfigError
 from hanlin.models.registry import FAMILIES
@@ -26,6 +27,7 @@ class Description:
         template: the model's own Jinja chat template, if any.
         generation: the keys of `generation_config.json`.
         name: what the model calls itself.
+        quantisation: how its matrices are stored, if not as they are.
     """
 
     values: Mapping[str, Any]
@@ -33,6 +35,7 @@ class Description:
     template: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    quantisation: Quantisation | None = None
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -65,10 +68,9 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 def describe_directory(path: Path) -> Description:
     """Read `config.json`, `generation_config.json` and the chat template of a model directory; no code, ever."""
     values = read_json(path / "config.json")
-    if values.get("quantization_config"):
-        method = values["quantization_config"]
-        method = method.get("quant_method", method) if isinstance(method, Mapping) else method
-        raise ConfigError(f"{path / 'config.json'}: cannot read weights quantised with {method!r}; use the original")
+    said = [values.pop(key, None) for key in ("quantization_config", "compression_config")]
+    said.append(read_json(path / "quantize_config.json", optional=True))  # of old GPTQ files
+    quantised = next((value for value in said if value), None)
     tokenizer = read_json(path / "tokenizer_config.json", optional=True)
     template = tokenizer.get("chat_template")
     if isinstance(template, list):  # several named ones; the one called default is the one for plain chat
@@ -82,6 +84,7 @@ def describe_directory(path: Path) -> Description:
         template=template if isinstance(template, str) else None,
         generation=read_json(path / "generation_config.json", optional=True),
         name=path.resolve().name,
+        quantisation=None if quantised is None else read_quantisation(quantised, path / "config.json"),
     )
 
 

@@ -18,6 +18,7 @@ from hanlin.checkpoints.merge import MergedSource
 from hanlin.checkpoints.names import IGNORED, Recipe, recipes
 from hanlin.checkpoints.peft import Base, read_peft
 from hanlin.checkpoints.prefix import open_prefix
+from hanlin.checkpoints.quantised import QuantisedSource
 from hanlin.checkpoints.row_quantised import RowQuantisedSource, is_row_quantised
 from hanlin.checkpoints.source import TensorSource, open_source
 from hanlin.errors import CheckpointError, problems
@@ -104,7 +105,9 @@ def load_model(
     description = None if gguf else describe_directory(path)  # the cheap and common errors come first
     with ExitStack() as stack:
         source = stack.enter_context(open_source(path))
-        if description and is_row_quantised(source):
+        if description and description.quantisation:
+            source = QuantisedSource(source, description.quantisation)
+        elif description and is_row_quantised(source):
             source = RowQuantisedSource(source, 4 if description.values.get("quantization_bit") == 4 else 8)
         if admit:
             admit(source)
@@ -116,6 +119,8 @@ def load_model(
         config = read_config(description.values)
         model = build(config, dtype=dtype)
         wanted = recipes(dict(model.named_parameters()), config, gguf=gguf, permuted=description.permuted)
+        if isinstance(source, QuantisedSource):
+            source.drop_empty_biases(wanted)
         check(model, wanted, source)
         if adapter is not None:
             source = MergedSource(source, read_peft(adapter, Base.of(model)), wanted)
