@@ -61,7 +61,6 @@ class Slot:
     """A weight (out, in_) to be packed out of one or more parameters.
 
     Attributes:
-        wide: integer kinds multiply inputs of 12 bits, not 8. The gates and ups, half of all arithmetic, need it least.
         places: for each parameter's name, the output that each of its rows becomes.
         bias: (out,) float32 in the order of the outputs, or None.
         blocks: the kind of GGUF blocks that are used as they are, or None.
@@ -72,7 +71,6 @@ class Slot:
     out: int
     in_: int
     head: bool = False
-    wide: bool = True
     places: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     biases: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     bias: NDArray[np.float32] | None = None
@@ -133,7 +131,7 @@ class Lowering:
             Block(
                 self._slot(block.qkv, qkv),
                 self._slot((block.out,)),
-                self._slot(block.gate_up, up if block.activation == "gelu" else gate_up, wide=False),
+                self._slot(block.gate_up, up if block.activation == "gelu" else gate_up),
                 self._slot((block.down,)),
                 fused,
             )
@@ -238,7 +236,7 @@ class Lowering:
         self._found = self._cache.find(self._key, size) if self._cache else None
         self._arena = arena = self._found.arena if self._found else Arena(size)
         for slot in self.slots:
-            slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, wide=slot.wide, arena=arena)
+            slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, wide=True, arena=arena)
         for slot in self.slots:
             if slot.biases:
                 slot.bias = np.frombuffer(arena.view(arena.take(4 * slot.out), 4 * slot.out), np.float32)
@@ -263,12 +261,9 @@ class Lowering:
         outputs: Mapping[str, NDArray[np.int32]] | None = None,
         *,
         head: bool = False,
-        wide: bool = True,
     ) -> Slot:
         """The slot of one or several projections; `outputs` says by the name of a part where its rows go."""
-        slot = Slot(
-            out=sum(linear.out_features for linear in linears), in_=linears[0].in_features, head=head, wide=wide
-        )
+        slot = Slot(out=sum(linear.out_features for linear in linears), in_=linears[0].in_features, head=head)
         for linear in linears:
             place = _places(linear, outputs) if outputs else np.arange(slot.out, dtype=np.int32)
             slot.places[self._names[id(linear.weight)]] = place
