@@ -96,6 +96,7 @@ class _Engines(Collector):
         running = gauge("num_requests_running", "Sequences in the engine.")
         waiting = gauge("num_requests_waiting", "Requests that wait for the engine.")
         usage = gauge("kv_cache_usage_perc", "Share of the KV cache that running sequences hold, 0 to 1.")
+        touched = gauge("kv_cache_touched_bytes", "Memory of the KV cache's blocks that have ever been used.")
         loaded = gauge("model_loaded", "Whether the model is in memory.")
         size = gauge("model_memory_bytes", "Memory of its weights and cache.")
         proposed = counter("spec_decode_num_draft_tokens", "Tokens that were guessed.")
@@ -109,7 +110,8 @@ class _Engines(Collector):
             running.add_metric(name, served.admission.running)
             waiting.add_metric(name, served.admission.waiting)
             usage.add_metric(name, 1 - engine.blocks.free / engine.blocks.count)
+            touched.add_metric(name, engine.used_bytes()["cache"])
             size.add_metric(name, served.bytes)
             proposed.add_metric(name, engine.proposed)
             accepted.add_metric(name, engine.accepted)
-        return running, waiting, usage, loaded, size, proposed, accepted
+        return running, waiting, usage, touched, loaded, size, proposed, accepted
