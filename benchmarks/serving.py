@@ -141,12 +141,13 @@ def overhead(repeats: int) -> list[list[object]]:
                     speeds[stream].append(len(texts) * TOKENS / served)
                     speeds["direct"].append(len(texts) * TOKENS / direct)
             for stream in (False, True):
+                shares = ratios[stream]
                 rows.append(
                     [
                         f"{clients} clients, {'streamed' if stream else 'whole answers'}",
                         statistics.median(speeds[stream]),
                         statistics.median(speeds["direct"]),
-                        f"{statistics.median(ratios[stream]):.1%} ({min(ratios[stream]):.1%} to {max(ratios[stream]):.1%})",
+                        f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
                     ]
                 )
     return rows
