@@ -91,7 +91,9 @@ def register(*families: HFFamily) -> None:
 
 def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> Callable[..., Any]:
     """`AutoTokenizer.from_pretrained` that takes the families' tokenizers itself and leaves all others alone."""
-    original = getattr(original, "__wrapped__", original) if hasattr(original, "hanlin_families") else original
+    if hasattr(original, "hanlin_families"):
+        families = tuple(dict.fromkeys((*original.hanlin_families, *families)))
+        original = getattr(original, "__wrapped__", original)
 
     @wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
