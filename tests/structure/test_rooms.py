@@ -29,6 +29,7 @@ ROOMS = {
     "checkpoints": {"models", "layers", "types", "errors"},
     "hub": {"types", "errors"},
     "engine": {"models", "layers", "kernels", "types", "errors"},
+    "compress": {"models", "checkpoints", "layers", "types", "errors"},
     "hf": {"models", "checkpoints", "tokenizers", "chat", "layers", "types", "errors"},
     "bench": {"llm", "options", "types", "errors", "hub"},
     "serve": {"llm", "aio", "requests", "engine", "chat", "hub", "types", "errors"},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hanlin.errors import TokenizerError
-from hanlin.tokenizers import HFTokenizer, SentencePieceTokenizer, from_gguf
+from hanlin.tokenizers import HFTokenizer, SentencePieceTokenizer, from_gguf, load_tokenizer
+from hanlin.tokenizers.gguf_files import gguf_to_files
 from hanlin.tokenizers.spm import known_added
 from hanlin.tokenizers.spm_model import CONTROL, NORMAL, UNUSED, USER_DEFINED, SpmModel
 from tokenizer_samples import INTERNLM2, INTERNLM2_ADDED, gguf_bpe, gguf_spm, tiny_json
@@ -176,3 +179,19 @@ def test_everything_wrong_is_listed() -> None:
     with pytest.raises(TokenizerError) as caught:
         from_gguf(gguf_bpe(pre="odd", eos_token_id=999, merges=["q"], add_eos_token="yes"))
     assert all(part in str(caught.value) for part in ("'odd'", "999", "'q'", "'yes'"))
+
+
+@pytest.mark.parametrize("keys", [gguf_bpe(), gguf_spm(), internlm2_keys()], ids=["bpe", "spm", "internlm2"])
+def test_files_of_a_directory_say_the_same(keys: dict[str, Any], tmp_path: Path) -> None:
+    here = from_gguf(keys)
+    for name, content in gguf_to_files({**keys, "tokenizer.chat_template": "{{ bos_token }}"}).items():
+        (tmp_path / name).write_bytes(content)
+    there = load_tokenizer(tmp_path)
+    for text in ("the cat  sat", " 你好\n", "<|im_end|>x", "🐉é", ""):
+        for special in (False, True):
+            ids = here.encode(text, parse_special=special)
+            assert there.encode(text, parse_special=special) == ids
+            assert there.decode(ids) == here.decode(ids)
+    assert (there.bos_id, there.eos_id, there.specials.prefix) == (here.bos_id, here.eos_id, here.specials.prefix)
+    assert there.special_ids == here.special_ids
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == "{{ bos_token }}"

@@ -25,7 +25,7 @@ from hanlin.checkpoints.base import TensorInfo, TensorSource, shown
 from hanlin.checkpoints.bits import unpack, unpack_awq, words
 from hanlin.checkpoints.quantisation import Quantisation
 
-__all__ = ["FORMATS", "Format", "Groups", "Matrix", "dequantised", "whole_groups"]
+__all__ = ["FORMATS", "Format", "Groups", "Matrix", "dequantised", "runs"]
 
 _FLOATS = ("F16", "BF16", "F32")
 _MOST = 1 << 31
@@ -289,9 +289,13 @@ def dequantised(codes: Tensor, groups: Groups, bits: int) -> Tensor:
     return (codes.float() - zeros) * groups.scales[:, groups.column_groups]
 
 
-def whole_groups(groups: Groups, in_: int) -> bool:
-    """Whether groups follow each other in order, all of as many columns."""
-    count = groups.scales.shape[1]
-    if in_ % count:
-        return False
-    return groups.column_groups is None or torch.equal(groups.column_groups, torch.arange(in_) // (in_ // count))
+def runs(groups: Groups, in_: int, size: int) -> Tensor | None:
+    """The group of every `size` columns (in / size,), if none of those is in two groups."""
+    if in_ % size:
+        return None
+    order = groups.column_groups
+    if order is None:
+        columns = in_ // groups.scales.shape[1]
+        return None if columns % size else torch.arange(in_ // size) // (columns // size)
+    blocks = order.view(-1, size)
+    return blocks[:, 0] if bool((blocks == blocks[:, :1]).all()) else None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hanlin.checkpoints.base import TensorInfo, TensorSource, fail
 from hanlin.checkpoints.bitsandbytes import Blocks, RowsOfInt8, blocks, dequantised_blocks, plain_info
-from hanlin.checkpoints.grouped import FORMATS, Format, Groups, Matrix, dequantised, whole_groups
+from hanlin.checkpoints.grouped import FORMATS, Format, Groups, Matrix, dequantised, runs
 from hanlin.checkpoints.quantisation import Quantisation
 
 __all__ = ["FEW_BITS", "QuantisedSource"]
@@ -79,13 +79,10 @@ class QuantisedSource:
             found.append(f"'{matrix.name}' has a scale that is not a finite number")
             return FEW_BITS
         in_ = matrix.shape[1]
-        columns = in_ // matrix.groups
         middle = groups.zeros is None or bool((groups.zeros == 1 << (matrix.bits - 1)).all())
-        if not whole_groups(groups, in_):
-            return FEW_BITS
         if matrix.bits == 8 and matrix.groups == 1 and middle:
             return "INT8_ROW"
-        size = next((size for size in _SIZES if columns % size == 0), 0)
+        size = next((size for size in _SIZES if runs(groups, in_, size) is not None), 0)
         exact = torch.equal(groups.scales.half().float(), groups.scales)
         if not size or not exact or (matrix.bits == 8 and not middle):
             return FEW_BITS
@@ -122,13 +119,13 @@ class QuantisedSource:
             parts.append(groups.scales.view(torch.uint8))
         else:
             kind, _, size = dtype.partition("/")
-            repeats = matrix.shape[1] // matrix.groups // int(size)
-            scales = groups.scales.half().repeat_interleave(repeats, 1)
-            parts.append(scales.contiguous().view(torch.uint8))
+            order = runs(groups, matrix.shape[1], int(size))
+            assert order is not None
+            parts.append(groups.scales.half()[:, order].view(torch.uint8))
             if kind == "INT4_ZERO":
                 middle = torch.full_like(groups.scales, 1 << (matrix.bits - 1))
-                zeros = (middle if groups.zeros is None else groups.zeros).half().repeat_interleave(repeats, 1)
-                parts.append(zeros.contiguous().view(torch.uint8))
+                zeros = middle if groups.zeros is None else groups.zeros
+                parts.append(zeros.half()[:, order].view(torch.uint8))
         whole: npt.NDArray[np.uint8] = torch.cat(parts, 1).flatten().numpy()
         return whole
 

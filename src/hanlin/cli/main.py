@@ -48,6 +48,8 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "pull": Verb("hanlin.cli.models:pull", "Fetch a model, or the default one."),
         "rm": Verb("hanlin.cli.models:rm", "Delete a fetched model."),
         "convert": Verb("hanlin.cli.convert:convert", "Write a model in another layout."),
+        "quantize": Verb("hanlin.cli.quantize:quantize", "Write a model with 4 or 8 bits: AWQ, GPTQ, rounding."),
+        "lite": Verb("hanlin.cli.quantize:lite", "The same in LMDeploy's words: auto_awq, auto_gptq."),
         "bench": Verb("hanlin.cli.bench:bench", "Measure how fast a model runs, and other engines.", "This machine"),
         "doctor": Verb("hanlin.cli.doctor:doctor", "Check this machine and installation.", "This machine"),
     }

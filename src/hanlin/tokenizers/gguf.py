@@ -6,7 +6,7 @@ tokenizer.json of the models that it is named after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from hanlin.tokenizers.hf import HFTokenizer
 from hanlin.tokenizers.spm import SentencePieceTokenizer, known_added
 from hanlin.tokenizers.spm_model import BPE, BYTE, CONTROL, MAX_PIECES, NORMAL, UNKNOWN, USER_DEFINED, SpmModel
 
-__all__ = ["from_gguf"]
+__all__ = ["from_gguf", "tokenizer_data"]
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,9 +59,23 @@ def from_gguf(metadata: Mapping[str, Any], *, name: str = "GGUF") -> BaseTokeniz
     Raises:
         TokenizerError: keys that are missing, broken or of a kind that is not supported, all named at once.
     """
+    made, specials, rows = tokenizer_data(metadata, name=name)
+    if isinstance(made, SpmModel):
+        return SentencePieceTokenizer(made, added=known_added(made), specials=specials, name=name)
+    return HFTokenizer(made, specials=specials, rows=rows, name=name)
+
+
+def tokenizer_data(
+    metadata: Mapping[str, Any], *, name: str = "GGUF"
+) -> tuple[SpmModel | dict[str, Any], Specials, int]:
+    """What a `tokenizer.model` or a `tokenizer.json` would hold, the ids with a role, and the number of ids.
+
+    Raises:
+        TokenizerError: as `from_gguf`.
+    """
     keys = _Keys(metadata, name)
     model = keys.value("model", str, None)
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    builders: Mapping[str, Callable[..., tuple[Any, Specials]]] = {"gpt2": _byte_level, "llama": _sentencepiece}
     keys.finish()
     if model not in builders:
         raise TokenizerError(
@@ -79,7 +93,8 @@ def from_gguf(metadata: Mapping[str, Any], *, name: str = "GGUF") -> BaseTokeniz
     strange = sorted({kind for kind in kinds if not NORMAL <= kind <= BYTE})
     if strange:
         keys.found.append(f"tokenizer.ggml.token_type must be 1..6, not {strange[:8]}")
-    return builders[model](keys, tokens, kinds)
+    made, specials = builders[model](keys, tokens, kinds)
+    return made, specials, len(tokens)
 
 
 class _Keys:
@@ -144,7 +159,7 @@ def _ending(specials: Specials, tokens: Sequence[str]) -> set[int]:
     return {i for i in ids if i is not None and i < len(tokens) and is_markup(tokens[i])}
 
 
-def _byte_level(keys: _Keys, tokens: list[str], kinds: list[int]) -> BaseTokenizer:
+def _byte_level(keys: _Keys, tokens: list[str], kinds: list[int]) -> tuple[dict[str, Any], Specials]:
     known = _words()
     pre = keys.value("pre", str, "default")
     words = known.get(pre)
@@ -191,10 +206,10 @@ def _byte_level(keys: _Keys, tokens: list[str], kinds: list[int]) -> BaseTokeniz
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": words.ignore_merges},
     }
-    return HFTokenizer(data, specials=specials, rows=len(tokens), name=keys.name)
+    return data, specials
 
 
-def _sentencepiece(keys: _Keys, tokens: list[str], kinds: list[int]) -> BaseTokenizer:
+def _sentencepiece(keys: _Keys, tokens: list[str], kinds: list[int]) -> tuple[SpmModel, Specials]:
     scores = keys.items("scores", (float, int))
     if len(scores) != len(tokens):
         keys.found.append(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
@@ -216,7 +231,7 @@ def _sentencepiece(keys: _Keys, tokens: list[str], kinds: list[int]) -> BaseToke
         remove_extra_spaces=remove_extra_spaces,
     )
     model.check(keys.name)
-    return SentencePieceTokenizer(model, added=known_added(model), specials=specials, name=keys.name)
+    return model, specials
 
 
 def _restored(tokens: Sequence[str]) -> list[str]:

@@ -1,0 +1,261 @@
+"""Quantising: each method against rounding, every format read back, interruption, and the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hanlin
+from hanlin.checkpoints.quantisation import read_quantisation
+from hanlin.checkpoints.quantised import QuantisedSource
+from hanlin.checkpoints.source import open_source
+from hanlin.cli.main import main
+from hanlin.compress.calibration import Windows, read_windows
+from hanlin.compress.formats import FORMATS, Format, configuration, tensors
+from hanlin.compress.grid import Grid
+from hanlin.compress.methods import Inputs, clipped, gptq, output_error, smoothing
+from hanlin.compress.quantise import Settings, quantise
+from hanlin.errors import CheckpointError, ConfigError
+from hanlin.tokenizers import load_tokenizer
+from hf_directory import make_directory
+from quantised_files import stream
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def layer() -> tuple[torch.Tensor, Inputs]:
+    """A weight (48, 96) and inputs of which a few channels are far louder than the rest, as in real models."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 96, generator=generator) @ (torch.randn(96, 96, generator=generator) / 10 + torch.eye(96))
+    x[:, ::17] *= 30
+    inputs = Inputs(96)
+    inputs.add(x[:150])
+    inputs.add(x[150:])
+    torch.testing.assert_close(inputs.gram, x.t() @ x, rtol=1e-3, atol=1e-1)
+    return torch.randn(48, 96, generator=generator), inputs
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])  # 64: the last group has 32 columns
+def test_rounding_is_off_by_half_a_step_at_most(bits: int, group: int, symmetric: bool, layer: Any) -> None:
+    grid = Grid(bits=bits, group=group, symmetric=symmetric)
+    weight, _ = layer
+    quantised = grid.quantise(weight)
+    assert quantised.scales.shape == (48, grid.count(96)) and torch.equal(quantised.scales, quantised.scales.half())
+    values = grid.values(quantised)
+    assert torch.equal(values, grid.nearest(weight))
+    step = quantised.scales.repeat_interleave(group, 1)[:, :96]
+    # Of the zero point's rounding, and of the symmetric grid's missing code, the ends of a group may suffer.
+    inner = (quantised.codes > 0) & (quantised.codes < (1 << bits) - 1)
+    assert float(((values - weight).abs() / step)[inner].max()) <= 0.5001
+    assert float(((values - weight).abs() / step).max()) <= 1.01
+
+
+def test_calibrated_methods_keep_outputs_better_than_rounding(layer: Any) -> None:
+    weight, inputs = layer
+    grid = Grid(bits=4, group=32)
+
+    def cost(values: torch.Tensor) -> float:
+        return output_error(values - weight, inputs.gram)
+
+    rounded = cost(grid.nearest(weight))
+    shrunk = cost(grid.values(clipped(weight, inputs, grid)))
+    factors = smoothing([weight], inputs, grid)
+    smooth = cost(grid.nearest(weight * factors) / factors)
+    passed_on = cost(grid.values(gptq(weight, inputs, grid)))
+    assert shrunk < rounded and smooth < 0.7 * rounded and passed_on < 0.7 * rounded
+
+
+def test_gptq_does_not_depend_on_how_columns_are_blocked(layer: Any, monkeypatch: Any) -> None:
+    """Passing errors on block by block gives what passing each on at once gives."""
+    weight, inputs = layer
+    grid = Grid(bits=4, group=24)
+    whole = gptq(weight, inputs, grid)
+    monkeypatch.setattr("hanlin.compress.methods._GPTQ_COLUMNS", 16)
+    blocked = gptq(weight, inputs, grid)
+    assert (whole.codes != blocked.codes).float().mean() < 0.002  # sums in another order round another way
+    torch.testing.assert_close(whole.scales, blocked.scales, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(("form", "bits", "symmetric"), [("awq", 4, False), ("gptq", 4, False), ("gptq", 8, True),
+    ("compressed-tensors", 4, False), ("compressed-tensors", 4, True), ("compressed-tensors", 8, True)])  # fmt: skip
+def test_every_format_reads_back_as_it_was_meant(
+    form: Format, bits: int, symmetric: bool, layer: Any, tmp_path: Path
+) -> None:
+    grid = Grid(bits=bits, group=32, symmetric=symmetric, least_zero=int(form == "gptq"))
+    quantised = grid.quantise(layer[0])
+    files = tensors(form, grid, quantised)
+    save_file({f"a.{end}": tensor for end, tensor in files.items()}, tmp_path / "model.safetensors")
+    config = configuration(form, grid, [])
+    with open_source(tmp_path) as base:
+        source = QuantisedSource(base, read_quantisation(config, tmp_path))
+        assert source.infos["a.weight"].dtype != "FEW_BITS"
+        assert torch.equal(source.load("a.weight"), grid.values(quantised))
+    # The same once more, packed by what shares nothing with the writer.
+    codes, zeros = quantised.codes.numpy(), quantised.zeros.numpy().astype(int)
+    if form == "gptq":
+        assert torch.equal(files["qweight"], stream(codes, bits).T)
+        assert torch.equal(files["qzeros"], stream(zeros.T - 1, bits))
+    elif form == "awq":
+        swap = np.arange(48).reshape(-1, 8)[:, (0, 2, 4, 6, 1, 3, 5, 7)].reshape(-1)
+        assert torch.equal(files["qweight"], stream(codes.T[:, swap], 4))
+        assert torch.equal(files["qzeros"], stream(zeros.T[:, swap], 4))
+    else:
+        assert torch.equal(files["weight_packed"], stream(codes, bits))
+        assert ("weight_zero_point" in files) == (not symmetric)
+
+
+def windows(count: int = 6) -> Windows:
+    ids = np.random.default_rng(0).integers(3, 1400, (count, 24))
+    return Windows(ids[:-2], ids[-2:])
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "bits"),
+    [("awq", "awq", 4), ("gptq", "gptq", 4), ("rtn", "awq", 4), ("rtn", "compressed-tensors", 8), ("gptq", "gptq", 8)],
+)
+def test_a_quantised_directory_loads_and_says_nearly_the_same(
+    method: Any, form: Format, bits: int, tmp_path: Path
+) -> None:
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    settings = Settings(method=method, bits=bits, group_size=32)
+    assert settings.stored == form
+    report = quantise(source, tmp_path / "q", settings, windows=windows())
+    assert report.perplexity is not None and len(report.rows) == 2 * 5
+    before, after = report.perplexity
+    assert abs(after / before - 1) < (0.5 if bits == 4 else 0.05)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == form and config["torch_dtype"] == "float16"
+    assert json.loads((tmp_path / "q" / "quantisation.json").read_text())["settings"]["method"] == method
+    # Perplexity by the engine, from the files, is what was measured on the way.
+    with hanlin.load(tmp_path / "q", weights="float32", cache_bytes=1 << 20) as llm:
+        scores = llm.score([ids.tolist() for ids in windows().evaluation])
+    loss = -sum(score.total for score in scores) / sum(len(score.ids) - 1 for score in scores)
+    assert np.exp(loss) == pytest.approx(after, rel=2e-3)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_names_are_the_released_ones_with_the_ends_of_the_format(tmp_path: Path) -> None:
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    quantise(source, tmp_path / "q", Settings(method="rtn", group_size=32))
+    made, old = load_file(tmp_path / "q" / "model.safetensors"), load_file(source / "model.safetensors")
+    expected = {name for name in old if "layers" not in name or "norm" in name}
+    for name in old.keys() - expected:
+        expected |= {name.replace(".weight", f".{end}") for end in ("qweight", "qzeros", "scales")}
+    assert set(made) == expected
+    assert made["model.layers.0.attention.wqkv.qweight"].shape == (64, 128 // 8)
+    assert made["output.weight"].dtype is torch.float16
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_interrupted_work_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    settings = Settings(method="awq", group_size=32)
+    seen: list[str] = []
+
+    def stop(doing: str, done: int, steps: int) -> None:
+        if doing == "layer 0":
+            raise StoppedError
+
+    quantise(source, tmp_path / "whole", settings, windows=windows())
+    with pytest.raises(StoppedError):
+        quantise(source, tmp_path / "parts", settings, windows=windows(), progress=stop)
+    assert not (tmp_path / "parts").exists()
+    quantise(source, tmp_path / "parts", settings, windows=windows(), progress=lambda doing, *_: seen.append(doing))
+    assert "layer 0" not in seen and "layer 1" in seen
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # Other settings do not go on with it.
+    with pytest.raises(StoppedError):
+        quantise(source, tmp_path / "other", settings, windows=windows(), progress=stop)
+    seen.clear()
+    other = Settings(method="rtn", group_size=32)
+    quantise(source, tmp_path / "other", other, windows=windows(), progress=lambda doing, *_: seen.append(doing))
+    assert "layer 0" in seen
+
+
+def test_what_cannot_be_done_is_told_with_the_remedy(tmp_path: Path) -> None:
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    out = tmp_path / "q"
+    with pytest.raises(ConfigError, match="needs text to calibrate on: --calibration FILE"):
+        quantise(source, out, Settings(group_size=32))
+    with pytest.raises(ConfigError, match=r"(?s)64 columns.*96 columns.*--group-size 32 fits"):
+        quantise(source, out, Settings(method="rtn", group_size=128))
+    with pytest.raises(ConfigError) as raised:
+        Settings(method="x", bits=3, group_size=5, format="y")  # type: ignore[arg-type]
+    assert all(word in str(raised.value) for word in ("method", "bits", "group_size", "format"))
+    quantise(source, out, Settings(method="rtn", group_size=32))
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantise(source, out, Settings(method="rtn", group_size=32))
+    with pytest.raises(ConfigError, match=r"quantised already \(awq\)"):
+        quantise(out, tmp_path / "again", Settings(method="rtn", group_size=32))
+
+
+def test_a_last_group_may_be_shorter_as_gptq(tmp_path: Path) -> None:
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    quantise(source, tmp_path / "q", Settings(method="rtn", group_size=64, format="gptq"), windows=windows())
+    with open_source(tmp_path / "q") as base:
+        config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+        infos = QuantisedSource(base, read_quantisation(config, tmp_path)).infos
+    assert infos["model.layers.0.feed_forward.w2.weight"].dtype == "INT4_ZERO/32"  # 96 columns: 64 and 32
+    assert infos["model.layers.0.feed_forward.w1.weight"].dtype == "INT4_ZERO/64"
+
+
+def test_calibration_text_comes_from_text_and_lines(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make_directory(tmp_path / "m", tokenizer="small"))
+    text = tmp_path / "a.txt"
+    text.write_text("The cat sat on the mat. 你好。\n" * 60, encoding="utf-8")
+    found = read_windows(text, tokenizer, samples=3, length=16, measured=2)
+    assert found.calibration.shape == (3, 16) and found.evaluation.shape == (2, 16)
+    assert found.calibration.flatten().tolist() == tokenizer.encode(text.read_text(encoding="utf-8"))[:48]
+    rows = [{"text": "one two three"}, {"messages": [{"role": "user", "content": "four"}, {"content": "five"}]}]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n".join(json.dumps(row) for row in rows) * 1 + "\n", encoding="utf-8")
+    found = read_windows(lines, tokenizer, samples=9, length=4)
+    assert "".join(tokenizer.decode(found.calibration.flatten().tolist())).startswith("one two three")
+    for content, says in (
+        ("{", "line 1: not valid JSON"),
+        ('{"a": 1}', "line 1: needs 'text'"),
+        ("", "fewer than one"),
+    ):
+        lines.write_text(content, encoding="utf-8")
+        with pytest.raises(ConfigError, match=says):
+            read_windows(lines, tokenizer, samples=9, length=4)
+
+
+def run(capsys: Any, *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0), "".join(capsys.readouterr())
+
+
+def test_the_command_line_and_lmdeploys(tmp_path: Path, capsys: Any) -> None:
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat and looked at me. " * 200, encoding="utf-8")
+    options = ("--calibration", str(text), "--group-size", "32", "--samples", "4", "--length", "32")
+    status, said = run(capsys, "quantize", str(source), str(tmp_path / "a"), *options)
+    assert status == 0 and "Perplexity" in said and str(tmp_path / "a") in said
+    options = ("--calib-dataset", str(text), "--w-group-size", "32", "--calib-samples", "4", "--calib-seqlen", "32")
+    status, said = run(capsys, "lite", "auto_gptq", str(source), "--work-dir", str(tmp_path / "b"), *options)
+    assert status == 0 and (tmp_path / "b" / "tokenizer.model").is_file()
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["quantization_config"]["sym"] is True and "auto_map" in config
+    status, said = run(capsys, "lite", "auto_awq", str(source), "--calib-dataset", "wikitext2")
+    assert (status == 1 and "a file of your own" in said) or "file of your own" in said
+    status, said = run(capsys, "quantize", str(source), str(tmp_path / "c"), "--group-size", "32")
+    assert status == 1 and "--calibration FILE" in said
+
+
+def test_all_formats_are_covered() -> None:
+    assert set(FORMATS) == {"awq", "gptq", "compressed-tensors"}
