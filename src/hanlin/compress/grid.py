@@ -48,7 +48,7 @@ class Grid:
         missing = self.count(weight.shape[1]) * self.group - weight.shape[1]
         return F.pad(weight, (0, missing)).view(weight.shape[0], -1, self.group)
 
-    def fit(self, blocks: Tensor, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    def fit(self, blocks: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
         """Scales and zero points (out, groups) for blocks (out, groups, group), of a range `shrink` times as wide."""
         most = float((1 << self.bits) - 1)
         low, high = blocks.amin(-1).clamp(max=0) * shrink, blocks.amax(-1).clamp(min=0) * shrink
@@ -64,10 +64,10 @@ class Grid:
         """Codes float32 of blocks (..., group) with scales and zero points (...)."""
         return ((blocks / scales[..., None]).round() + zeros[..., None]).clamp(0, (1 << self.bits) - 1)
 
-    def quantise(self, weight: Tensor, shrink: Tensor | float = 1.0) -> Quantised:
-        """Float32 (out, in) to the nearest values of the grid."""
+    def quantise(self, weight: Tensor, fitted: tuple[Tensor, Tensor] | None = None) -> Quantised:
+        """Float32 (out, in) to the nearest values; `fitted` are other scales and zero points than the widest."""
         blocks = self.grouped(weight)
-        scales, zeros = self.fit(blocks, shrink)
+        scales, zeros = self.fit(blocks) if fitted is None else fitted
         codes = self.round(blocks, scales, zeros).byte().flatten(1)[:, : weight.shape[1]]
         return Quantised(codes.contiguous(), scales, zeros)
 

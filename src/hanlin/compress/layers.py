@@ -70,10 +70,11 @@ def quantise_layer(
     changes = []
     for linears, inputs in watching:
         for linear in linears:
-            if method == "rtn":
-                quantised = grid.quantise(linear.weight)
+            fitted = clipped(linear.weight, inputs, grid) if method != "rtn" else None
+            if method == "gptq" and fitted is not None:
+                quantised = gptq(linear.weight, inputs, grid, fitted)
             else:
-                quantised = (clipped if method == "awq" else gptq)(linear.weight, inputs, grid)
+                quantised = grid.quantise(linear.weight, fitted)
             change = _put(linear, quantised, inputs, grid)
             changes.append(Change(linear, quantised, change.error, nearest[linear]))
     return changes

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hanlin.compress.grid import Grid, Quantised
@@ -74,64 +75,55 @@ def smoothing(weights: Sequence[Tensor], inputs: Inputs, grid: Grid) -> Tensor:
     return best
 
 
-def clipped(weight: Tensor, inputs: Inputs, grid: Grid) -> Quantised:
-    """Round to nearest, each group's range shrunk as far as it lowers the group's part of the outputs' error."""
+def clipped(weight: Tensor, inputs: Inputs, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zero points (out, groups), each group's range shrunk as far as it lowers its part of the error."""
     columns = weight.shape[1]
-    count = grid.count(columns)
-    wide = count * grid.group
-    gram = torch.zeros(wide, wide) if wide != columns else inputs.gram
-    if wide != columns:
-        gram[:columns, :columns] = inputs.gram
+    missing = grid.count(columns) * grid.group - columns
+    gram = F.pad(inputs.gram, (0, missing, 0, missing))
     # The blocks on the diagonal: the groups' own parts, what lies between two groups left out.
-    own = torch.stack([gram[at : at + grid.group, at : at + grid.group] for at in range(0, wide, grid.group)])
-    shrinks = []
+    own = torch.stack([gram[at : at + grid.group, at : at + grid.group] for at in range(0, len(gram), grid.group)])
+    found = []
     for rows in torch.split(weight, _CLIPPED_AT_ONCE):
         blocks = grid.grouped(rows)
-        best = torch.ones(blocks.shape[:2])
+        best = grid.fit(blocks)
         least = torch.full(blocks.shape[:2], torch.inf)
         for shrink in _SHRINKS:
             scales, zeros = grid.fit(blocks, shrink)
             error = (grid.round(blocks, scales, zeros) - zeros[..., None]) * scales[..., None] - blocks
             cost = (torch.einsum("ogi,gij->ogj", error, own) * error).sum(-1)
             better = cost < least
-            best[better], least[better] = shrink, cost[better]
-        shrinks.append(best)
-    return grid.quantise(weight, torch.cat(shrinks))
+            best[0][better], best[1][better], least[better] = scales[better], zeros[better], cost[better]
+        found.append(best)
+    return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 
 
-def gptq(weight: Tensor, inputs: Inputs, grid: Grid, *, damping: float = 0.01) -> Quantised:
-    """Column after column, each one's rounding error made up for by those that are still to be rounded."""
-    weight = weight.clone()
+def gptq(
+    weight: Tensor, inputs: Inputs, grid: Grid, fitted: tuple[Tensor, Tensor], *, damping: float = 0.01
+) -> Quantised:
+    """Column after column, the loudest input's first; each rounding error is made up for by what is still to come.
+
+    `fitted` are scales and zero points, which stay: groups remain groups of neighbours, whatever the order.
+    """
     out, columns = weight.shape
+    scales, zeros = fitted
     gram = inputs.gram.double()
-    dead = gram.diagonal() == 0
-    gram.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    gram.diagonal().add_(damping * gram.diagonal().mean())
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    gram, rest = gram[order][:, order], weight[:, order]
+    gram.diagonal().add_(damping * gram.diagonal().mean().clamp(min=1e-30))
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True).float()
     codes = torch.empty(out, columns, dtype=torch.uint8)
-    scales, zeros = torch.empty(out, grid.count(columns)), torch.empty(out, grid.count(columns))
     most = (1 << grid.bits) - 1
     for start in range(0, columns, _GPTQ_COLUMNS):
         end = min(start + _GPTQ_COLUMNS, columns)
         errors = torch.empty(out, end - start)
-        for column in range(start, end):
-            group, first = divmod(column, grid.group)
-            if first == 0:
-                # What earlier columns of this block have to pass on has reached these already; of the group's columns
-                # beyond the block it is still due.
-                whole = weight[:, column : column + grid.group].clone()
-                if column + grid.group > end and column > start:
-                    whole[:, end - column :] -= (
-                        errors[:, : column - start] @ inverse[start:column, end : column + grid.group]
-                    )
-                scales[:, group : group + 1], zeros[:, group : group + 1] = grid.fit(grid.grouped(whole))
-            scale, zero = scales[:, group], zeros[:, group]
-            value = weight[:, column]
+        for place in range(start, end):
+            column = int(order[place])
+            scale, zero = scales[:, column // grid.group], zeros[:, column // grid.group]
+            value = rest[:, place]
             code = ((value / scale).round() + zero).clamp(0, most)
             codes[:, column] = code.byte()
-            error = (value - (code - zero) * scale) / inverse[column, column]
-            weight[:, column + 1 : end] -= error[:, None] * inverse[column, column + 1 : end]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ inverse[start:end, end:]
+            error = (value - (code - zero) * scale) / inverse[place, place]
+            rest[:, place + 1 : end] -= error[:, None] * inverse[place, place + 1 : end]
+            errors[:, place - start] = error
+        rest[:, end:] -= errors @ inverse[start:end, end:]
     return Quantised(codes, scales, zeros)
