@@ -332,6 +332,8 @@ def test_two_tabs_show_the_same(page: Browser) -> None:
     page.driver.switch_to.new_window("tab")
     page.open()
     assert page.titles == ["From the first tab"]
+    # This tab is closed before its database says that it is done: the others must know all the same.
+    page.js("Object.defineProperty(IDBTransaction.prototype, 'oncomplete', { set() {} })")
     page.press("#list [data-kind=remove]")
     page.driver.close()
     page.driver.switch_to.window(first)

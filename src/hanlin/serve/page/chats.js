@@ -12,7 +12,7 @@ export class Chats extends EventTarget {
     this.busy = () => false; // whether a reply is being written into a conversation, here
     if (typeof BroadcastChannel === "function") {
       this.channel = new BroadcastChannel("hanlin");
-      this.channel.onmessage = ({ data }) => this.heard(String(data));
+      this.channel.onmessage = ({ data }) => this.heard(String(data.id), data.gone === true);
     }
   }
 
@@ -42,6 +42,7 @@ export class Chats extends EventTarget {
 
   async remove(id) {
     this.all.delete(id);
+    this.channel?.postMessage({ id, gone: true }); // at once: the page may be about to close
     return this.write(() => this.store.remove(id), id);
   }
 
@@ -49,7 +50,7 @@ export class Chats extends EventTarget {
   write(work, id) {
     this.last = this.last.then(work).then(
       () => {
-        this.channel?.postMessage(id);
+        this.channel?.postMessage({ id });
         this.dispatchEvent(new CustomEvent("kept"));
       },
       (error) => {
@@ -60,9 +61,9 @@ export class Chats extends EventTarget {
     return this.last;
   }
 
-  async heard(id) {
+  async heard(id, gone) {
     if (this.busy(id)) return;
-    const found = await this.store.get(id);
+    const found = gone ? undefined : await this.store.get(id);
     if (found) this.all.set(id, found);
     else this.all.delete(id);
     this.dispatchEvent(new CustomEvent("change", { detail: id }));
