@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hanlin.checkpoints import convert as module
+from hanlin.checkpoints import convert_directory as module
 from hanlin.checkpoints.convert import convert
 from hanlin.checkpoints.load import load_model
 from hanlin.errors import CheckpointError, ConfigError
@@ -105,8 +105,8 @@ def test_what_reads_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_wrong_cut_shows_in_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_directory(tmp_path / "a", tokenizer="small")
-    right = module._Job._as_llama
-    monkeypatch.setattr(module._Job, "_as_llama", lambda self, name: right(self, name.replace("k_proj", "v_proj")))
+    target, right = module.DirectoryTarget, module.DirectoryTarget._as_llama
+    monkeypatch.setattr(target, "_as_llama", lambda self, name: right(self, name.replace("k_proj", "v_proj")))
     with pytest.raises(CheckpointError, match="logits of a probe prompt differ"):
         convert(first, tmp_path / "b", to="llama")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -118,7 +118,8 @@ def load_model(
             description = replace(description, values={**description.values, **over.values()})
         config = read_config(description.values)
         model = build(config, dtype=dtype)
-        wanted = recipes(dict(model.named_parameters()), config, gguf=gguf, permuted=description.permuted)
+        parameters = dict(model.named_parameters())
+        wanted = recipes(parameters, config, gguf=gguf, permuted=description.permuted, stored=source.infos)
         if isinstance(source, QuantisedSource):
             source.drop_empty_biases(wanted)
         check(model, wanted, source)

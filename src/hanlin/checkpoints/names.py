@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -89,25 +89,53 @@ _GGUF_INTERNLM2 = {
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
+_GGUF_CHATGLM = {
+    "transformer.embedding.word_embeddings": "token_embd",
+    "transformer.encoder.final_layernorm": "output_norm",
+    "transformer.output_layer": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+_GGUF_GLM = {**_GGUF_LLAMA, "mlp.gate_up_proj": "ffn_up"}
+_TABLES = {"internlm2": _GGUF_INTERNLM2, "chatglm2": _GGUF_CHATGLM, "glm": _GGUF_GLM}
+_LAYER = re.compile(r"(?:model|transformer\.encoder)\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
 def recipes(
-    parameters: Mapping[str, object], config: DecoderConfig, *, gguf: bool, permuted: bool
+    parameters: Mapping[str, object],
+    config: DecoderConfig,
+    *,
+    gguf: bool,
+    permuted: bool,
+    stored: Container[str] = (),
 ) -> dict[str, Recipe]:
-    """For every parameter name its recipe."""
+    """For every parameter name its recipe.
+
+    Args:
+        permuted: GGUF has the rotary pairs of q and k interleaved.
+        stored: the names of a GGUF file's tensors, for what converters write in one of two ways.
+    """
     if not gguf:
         return {name: plain(name) for name in parameters}
-    table = _GGUF_INTERNLM2 if config.model_type == "internlm2" else _GGUF_LLAMA
-    return {name: _gguf(name, table, config, permuted) for name in parameters}
+    table = _TABLES.get(config.model_type, _GGUF_LLAMA)
+    return {name: _gguf(name, table, config, permuted, stored) for name in parameters}
 
 
-def _gguf(name: str, table: Mapping[str, str], config: DecoderConfig, permuted: bool) -> Recipe:
+def _gguf(name: str, table: Mapping[str, str], config: DecoderConfig, permuted: bool, stored: Container[str]) -> Recipe:
     match = _LAYER.fullmatch(name)
     if match is None:
         stem, _, kind = name.rpartition(".")
         return plain(f"{table[stem]}.{kind}")
     layer, part, kind = match.groups()
     q, k = (config.num_heads, config.num_kv_heads) if permuted else (0, 0)
+    apart = tuple(f"blk.{layer}.attn_{letter}.{kind}" for letter in "qkv")
     if part == "attention.wqkv":
-        sources = tuple(f"blk.{layer}.attn_{letter}.{kind}" for letter in "qkv")
-        return Recipe(sources, (q, k, 0), groups=config.num_kv_heads)
+        return Recipe(apart, (q, k, 0), groups=config.num_kv_heads)
+    if part == "self_attention.query_key_value" and apart[0] in stored:
+        return Recipe(apart, (0, 0, 0), groups=1)
     heads = {"self_attn.q_proj": q, "self_attn.k_proj": k}.get(part, 0)
     return Recipe((f"blk.{layer}.{table[part]}.{kind}",), (heads,))
