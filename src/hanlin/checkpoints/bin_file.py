@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hanlin.checkpoints.bin_pickle import StorageRef, TensorRef, read_pickle
 from hanlin.checkpoints.stored import StoredFile
 from hanlin.checkpoints.zip_index import ZipEntry, read_index
 
-__all__ = ["BinFile"]
+__all__ = ["BinFile", "read_configuration"]
 
 # 100 thousand tensors need about 10 MB.
 _MAX_PICKLE = 1 << 25
@@ -78,6 +79,26 @@ class BinFile(FileSource):
         data: npt.NDArray[np.uint8] = self.load(name).reshape(-1).view(torch.uint8).numpy()
         data.flags.writeable = False
         return data
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The numbers, strings, truth values and None that `torch.save` of a dictionary holds, by dotted name.
+
+    Torch's types become their names: "torch.bfloat16". Other contents are left out.
+
+    Raises:
+        UnsafeCheckpointError, CheckpointError: as for `BinFile`.
+    """
+    file = StoredFile(path)
+    try:
+        _check_kind(file)
+        prefix, program = _find_pickle(file, read_index(file))
+        value = read_pickle(program, f"{path}: {prefix}data.pkl", configuration=True)
+        if not isinstance(value, dict):
+            fail(path, [f"holds a {type(value).__name__}, not a dictionary"])
+        return _flatten(value, file)[1]
+    finally:
+        file.close()
 
 
 def _check_kind(file: StoredFile) -> None:

@@ -50,6 +50,7 @@ class _Function(Enum):
     TENSOR = auto()
     PARAMETER = auto()
     SIZE = auto()
+    CONFIG = auto()
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,33 @@ _GLOBALS: Mapping[tuple[str, str], _Function | _StorageType] = MappingProxyType(
         ("torch", "BoolStorage"): _StorageType("BOOL"),
     }
 )
+# What InternEvo's `model_config.pt` has besides: a dictionary under a name of its own, which becomes a plain one, and
+# types, which become their names.
+_IN_CONFIGURATIONS: Mapping[tuple[str, str], _Function | str] = MappingProxyType(
+    {("internlm.core.context.parallel_context", "Config"): _Function.CONFIG}
+    | {("torch", name): f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16")}
+)
 
 # Operations that import, build or call; a dictionary of tensors needs none of them.
 _BUILDERS: Mapping[int, str] = MappingProxyType(
-    {ord("i"): "INST", ord("o"): "OBJ", 0x81: "NEWOBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4"}
+    {ord("i"): "INST", ord("o"): "OBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4"}
     | {ord("P"): "PERSID"}
 )
 
 
-def read_pickle(program: bytes, where: str) -> Any:
+def read_pickle(program: bytes, where: str, *, configuration: bool = False) -> Any:
     """The recorded value: dictionaries (keys are strings and whole numbers), lists, tuples, scalars and TensorRefs.
 
     Values may share parts and contain themselves, as a pickle can say so.
+
+    Args:
+        configuration: of an InternEvo checkpoint: torch's types may be named, and its class of dictionaries.
 
     Raises:
         UnsafeCheckpointError: the pickle names a function or class that is not for tensors.
         CheckpointError: it is broken, or uses operations that no checkpoint of tensors has.
     """
-    return _Machine(program, where).run()
+    return _Machine(program, where, configuration).run()
 
 
 class _BrokenError(Exception):
@@ -100,9 +110,10 @@ class _BrokenError(Exception):
 
 
 class _Machine:
-    def __init__(self, program: bytes, where: str) -> None:
+    def __init__(self, program: bytes, where: str, configuration: bool) -> None:
         self.program = program
         self.where = where
+        self.configuration = configuration
         self.position = 0
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each open mark
@@ -293,7 +304,9 @@ class _Machine:
         self.find(module, name)
 
     def find(self, module: str, name: str) -> None:
-        known = _GLOBALS.get((module, name))
+        known: object = _GLOBALS.get((module, name))
+        if known is None and self.configuration:
+            known = _IN_CONFIGURATIONS.get((module, name))
         if known is None:
             self.refuse(shown(f"{module}.{name}"))
         self.push(known)
@@ -324,6 +337,12 @@ class _Machine:
                 raise _BrokenError(f"{function.name} has arguments of the wrong kind")
             case _:
                 self.refuse(f"a call of {type(function).__name__}, which is no function")
+
+    def new_object(self) -> None:
+        arguments, cls = self.pop(), self.pop()
+        if cls is not _Function.CONFIG or arguments != ():
+            self.refuse("operation NEWOBJ, which builds objects")
+        self.push({})
 
     def build(self) -> None:
         """Attributes of an OrderedDict, such as `_metadata` of `state_dict()`: versions of modules, not needed."""
@@ -370,6 +389,7 @@ _METHODS = MappingProxyType(
         0x93: _Machine.global_stack,
         ord("Q"): _Machine.persistent,
         ord("R"): _Machine.reduce,
+        0x81: _Machine.new_object,
         ord("b"): _Machine.build,
     }
 )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hanlin.checkpoints.internevo import InternEvoSource
+from hanlin.checkpoints.internevo_names import CONFIGURATION
 from hanlin.checkpoints.quantisation import Quantisation, read_quantisation
 from hanlin.checkpoints.source import TensorSource
 from hanlin.errors import CheckpointError, ConfigError
@@ -66,8 +68,15 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 def describe_directory(path: Path) -> Description:
-    """Read `config.json`, `generation_config.json` and the chat template of a model directory; no code, ever."""
-    values = read_json(path / "config.json")
+    """Read `config.json`, `generation_config.json` and the chat template of a model directory; no code, ever.
+
+    Where InternEvo's arguments stand instead of a `config.json`, they and the shapes of the weights say the same.
+    """
+    if not (path / "config.json").is_file() and (path / CONFIGURATION).is_file():
+        with InternEvoSource(path) as training:
+            values = training.values()
+    else:
+        values = read_json(path / "config.json")
     said = [values.pop(key, None) for key in ("quantization_config", "compression_config")]
     said.append(read_json(path / "quantize_config.json", optional=True))  # of old GPTQ files
     quantised = next((value for value in said if value), None)

@@ -16,6 +16,7 @@ import torch
 from hanlin.checkpoints.base import MAX_TENSORS, FileSource, TensorInfo, TensorSource, fail, parse_json, shown
 from hanlin.checkpoints.bin_file import BinFile
 from hanlin.checkpoints.gguf_file import GgufFile
+from hanlin.checkpoints.internevo import InternEvoSource, is_internevo
 from hanlin.checkpoints.safetensors_file import MAX_HEADER, SafetensorsFile
 from hanlin.checkpoints.stored import StoredFile
 from hanlin.errors import CheckpointError, ModelNotFoundError, UnsafeCheckpointError, problems
@@ -36,8 +37,8 @@ def open_source(path: str | Path) -> TensorSource:
     """Open the weights at `path`: a file, or a directory as Hugging Face and ModelScope lay it out.
 
     In a directory, in this order: `model.safetensors`, its index with shards, any other `.safetensors`;
-    `pytorch_model.bin`, its index with shards, other PyTorch weights; a single `.gguf`. Nothing but
-    weights and their index is ever opened.
+    `pytorch_model.bin`, its index with shards, other PyTorch weights; a training checkpoint of InternEvo; a single
+    `.gguf`. Nothing but weights and their index is ever opened.
 
     Raises:
         ModelNotFoundError: there is nothing at `path`.
@@ -93,13 +94,15 @@ def _open_directory(directory: Path) -> TensorSource:
         if loose:
             _check_parts(directory, loose)
             return _open_shards(directory, [directory / name for name in loose])
+    if is_internevo(names):
+        return InternEvoSource(directory)
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if len(ggufs) == 1:
         return _open_file(directory / ggufs[0])
     if ggufs:
         fail(directory, [f"holds several GGUF files: {', '.join(ggufs)}"], "Name one of them.")
     held = f"Found there: {', '.join(names[:20])}{'...' if len(names) > 20 else ''}." if names else "It is empty."
-    fail(directory, ["no weights: no .safetensors, pytorch_model.bin or .gguf"], held)
+    fail(directory, ["no weights: no .safetensors, pytorch_model.bin, model_tp0_pp0.pt or .gguf"], held)
 
 
 def _check_parts(directory: Path, names: Iterable[str]) -> None:
