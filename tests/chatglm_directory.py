@@ -12,7 +12,17 @@ from torch import Tensor
 from hanlin.tokenizers.chatglm import ADDED
 from hanlin.tokenizers.spm_model import CONTROL, NORMAL, UNIGRAM, UNKNOWN, USER_DEFINED, SpmModel
 
-__all__ = ["PIECES", "config", "quantised", "read_golden", "tokenizer_config", "tokenizer_model", "weights", "write"]
+__all__ = [
+    "PIECES",
+    "config",
+    "make_directory",
+    "quantised",
+    "read_golden",
+    "tokenizer_config",
+    "tokenizer_model",
+    "weights",
+    "write",
+]
 
 _WORDS = (
     "▁the ▁cat ▁sat ▁on ing 你 好 你好 问 答 训练时间 训练 时间 年 。 , ! : ; ? "
@@ -149,6 +159,17 @@ def write(path: Path, values: dict[str, Any], tensors: dict[str, Tensor], shards
     size = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path
+
+
+def make_directory(path: Path) -> Path:
+    """A tiny ChatGLM-6B, tokenizer and all, whose special tokens are where its configuration says."""
+    names = [piece for piece, _ in PIECES]
+    roles = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>", "pad": "<pad>"}
+    values = config(vocab_size=len(names), **{f"{role}_token_id": names.index(piece) for role, piece in roles.items()})
+    write(path, values, weights(values))
+    (path / "ice_text.model").write_bytes(tokenizer_model())
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config()))
     return path
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from hanlin.serve.routes.openai_embeddings import EmbeddingBody
 from hanlin.serve.schemas.chat import ChatBody
 from hanlin.serve.schemas.completions import CompletionBody
+from hanlin.serve.schemas.embeddings import EmbeddingBody
 from hanlin.serve.schemas.responses import ResponseBody
 
 __all__ = ["ROUTES", "Field", "table"]
@@ -75,6 +75,7 @@ SAMPLING = {
     "guided_choice": Field(["a"]),
     "guided_grammar": Field('start: "a"'),
     "logits_processors": refused(["x"], "requests bring no code"),
+    "prompt_embeds": refused("gAR9lC4=", "requests bring no tensors"),
     "allowed_token_ids": refused([1], "use `structured_outputs` or `logit_bias`"),
     "use_beam_search": refused(True, "use `n` or `best_of`"),
     "truncate_prompt_tokens": refused(5, "prompts are never cut"),
@@ -126,7 +127,7 @@ COMPLETIONS = {
     "echo": Field(True, note="with `logprobs`, the prompt's tokens are scored; `max_tokens` may be 0"),
     "logprobs": Field(2),
     "best_of": Field(2, note="by the mean log-probability; not streamed"),
-    "suffix": refused("x", "these models cannot fill a gap"),
+    "suffix": refused("x", "works with models that can fill a gap: code models' `fim` tokens, ChatGLM-6B's `[MASK]`"),
 }
 EMBEDDINGS = {
     "model": Field("tiny"),

@@ -13,6 +13,7 @@ from hanlin.calls import Calls
 from hanlin.engine.sequence import Sequence
 from hanlin.errors import ChatFormatError, HanlinError, RequestError
 from hanlin.guide import Grammar, Grammars
+from hanlin.infill import infilled
 from hanlin.layers.rope import RopeConfig
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import Layout
@@ -186,13 +187,39 @@ class RequestBuilder:
         Raises:
             RequestError: for a model without a reward head.
         """
+        return [self._closed(self.shown(c)) for c in conversations_of(conversations)[1]]
+
+    def judged_as_is(self, prompts: Any) -> list[tuple[int, ...]]:
+        """Texts that the chat template has written already, or ids: begun and closed where they are not yet.
+
+        Raises:
+            RequestError: for a model without a reward head.
+        """
+        begin, out = tuple(self.tokenizer.encode("", add_special=True)), []
+        for prompt in prompts_of(prompts):
+            ids = self.encode(self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt)
+            out.append(self._closed(ids if ids[: len(begin)] == begin else (*begin, *ids)))
+        return out
+
+    def shown(self, conversation: Any) -> tuple[int, ...]:
+        """One conversation as the model reads it, without a system prompt of ours, and no reply begun."""
+        return self.format().render(_one(conversation), generation_prompt=False).ids
+
+    def _closed(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         end = self.config.reward_id
         if end is None:
             raise RequestError(
                 "this model writes, it has no reward head; load a reward model, such as internlm2-1_8b-reward"
             )
-        rendered = [self.format().render(c, generation_prompt=False).ids for c in conversations_of(conversations)[1]]
-        return [ids if ids[-1:] == (end,) else (*ids, end) for ids in rendered]  # some templates write it themselves
+        return ids if ids[-1:] == (end,) else (*ids, end)  # some templates write it themselves
+
+    def infilled(self, before: Any, after: str) -> tuple[int, ...]:
+        """Ids of a prompt whose reply is to stand between two texts; see `hanlin.infill`.
+
+        Raises:
+            RequestError: for a model that can only go on with a text.
+        """
+        return infilled(self.tokenizer, before, after, blanks=self.layout is not None)
 
     def embedded(self, texts: Any) -> list[tuple[int, ...]]:
         """Texts, or ids, as a model is to read them: special tokens in a text are text."""
@@ -211,7 +238,13 @@ class RequestBuilder:
         pool: Literal["last", "mean", "value"] | None = None,
         adapter: str | None = None,
     ) -> Sequence:
-        """A sequence that generates nothing, see `Sequence.score_prompt` and `Sequence.pool`."""
+        """A sequence that generates nothing, see `Sequence.score_prompt` and `Sequence.pool`.
+
+        Raises:
+            RequestError: tokens to be scored by a model that has no words for them.
+        """
+        if score:
+            self._writes()
         return Sequence(
             prompt=ids,
             sampling=SamplingParams(max_tokens=1),

@@ -42,6 +42,7 @@ VALID: dict[str, list[dict[str, Any]]] = {
     ],
     "/v1/completions": [
         {"prompt": "hi", **SAMPLING, "echo": True, "logprobs": 1},
+        {"prompt": "hi", "suffix": "ho", "max_tokens": 1},
         {"prompt": [[1, 2], [3]], "max_tokens": 1},
     ],
     "/v1/responses": [
@@ -63,7 +64,12 @@ VALID: dict[str, list[dict[str, Any]]] = {
     "/tokenize": [{"messages": HI}, {"prompt": "hi", "return_token_strs": True}],
     "/detokenize": [{"tokens": [1, 2]}],
     "/apply-template": [{"messages": HI, "tools": [TOOL]}],
-    "/score": [{"input": ["hi ho"]}],
+    "/score": [{"input": ["hi ho"]}, {"text_1": "hi", "text_2": ["ho", "hi"]}, {"queries": ["a"], "documents": ["b"]}],
+    "/v1/score": [{"input": [[1, 2]]}],
+    "/pooling": [{"input": ["hi", "ho"], "encoding_format": "base64"}, {"messages": HI}],
+    "/rerank": [{"query": "hi", "documents": ["ho", {"text": "x"}], "top_n": 1, "return_documents": False}],
+    "/v1/rerank": [{"query": "hi", "documents": ["ho"]}],
+    "/v2/rerank": [{"query": {"text": "hi"}, "documents": ["ho"]}],
     "/get_ppl": [{"input": [[1, 2, 3]]}],
     "/v1/encode": [{"input": "hi", "do_preprocess": True}],
     "/v1/load_lora_adapter": [{"lora_name": "a", "lora_path": "b"}],

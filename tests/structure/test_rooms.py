@@ -19,6 +19,7 @@ ROOMS = {
     "types": {"errors", "constraint"},
     "constraint": {"errors"},
     "guide": {"types", "errors"},
+    "infill": {"types", "errors"},
     "errors": set(),
     "options": {"errors"},
     "tokenizers": {"types", "errors"},
@@ -36,7 +37,7 @@ ROOMS = {
 }
 # The facade's own files may import every room below them, and each other.
 FACADE = {"__init__", "adapters", "llm", "aio", "judging", "assembly", "calls", "replies", "requests", "lmdeploy"}
-NO_TORCH = ("types", "errors", "options", "constraint", "guide", "tokenizers", "chat", "hub", "kernels")
+NO_TORCH = ("types", "errors", "options", "constraint", "guide", "infill", "tokenizers", "chat", "hub", "kernels")
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 
 

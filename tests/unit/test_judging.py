@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,12 +185,7 @@ def test_embeddings(writer: hanlin.LLM, writer_path: Path) -> None:
 
 def test_embeddings_of_a_prefix_that_sees_itself(tmp_path: Path) -> None:
     """ChatGLM-6B reads a text both ways, in one step; its rows are still added up one by one."""
-    names = [piece for piece, _ in chatglm_directory.PIECES]
-    roles = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>"}
-    values = chatglm_directory.config(**{f"{role}_token_id": names.index(piece) for role, piece in roles.items()})
-    path = chatglm_directory.write(tmp_path / "chatglm-6b", values, chatglm_directory.weights(values))
-    (path / "ice_text.model").write_bytes(chatglm_directory.tokenizer_model())
-    (path / "tokenizer_config.json").write_text(json.dumps(chatglm_directory.tokenizer_config()))
+    path = chatglm_directory.make_directory(tmp_path / "chatglm-6b")
     texts, found = ["hello world", "a b c d e f g"], []
     for runner in ("torch", *(("native",) if available() else ())):
         with hanlin.load(path, runner=runner, **{**OPTIONS, "cache_bytes": 1 << 22}) as llm:

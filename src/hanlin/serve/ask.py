@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hanlin.llm import LLM
-from hanlin.requests import Job
+from hanlin.requests import Job, prompts_of
 from hanlin.types import Message, Tool, ToolCall
 
 __all__ = ["Ask", "arguments_of"]
@@ -26,12 +26,14 @@ class Ask:
 
     Attributes:
         messages: as `Message.parse` reads them; or None for a `prompt`.
+        suffix: a text that is to follow the reply to a prompt.
         sampling: fields of `SamplingParams`; None means the model's own value.
         tools, tool_choice, parallel_tool_calls, response_format: as OpenAI's.
     """
 
     messages: Sequence[Message | Mapping[str, Any]] | None = None
     prompt: Any = None
+    suffix: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Tool | Mapping[str, Any]] | None = None
     tool_choice: Any = None
@@ -56,10 +58,15 @@ class Ask:
             if value is not None and (self.messages is not None or name == "response_format"):
                 overrides[name] = value
         if self.messages is None:
-            jobs = llm.requests.prompt_jobs(self.prompt, None, overrides)
+            jobs = llm.requests.prompt_jobs(self._prompts(llm), None, overrides)
         else:
             jobs = llm.requests.chat_jobs(self.messages, None, self.tools, overrides)[1]
         return [replace(job, adapter=adapter) for job in jobs] if adapter else jobs
+
+    def _prompts(self, llm: LLM) -> Any:
+        if not self.suffix:
+            return self.prompt
+        return [llm.requests.infilled(prompt, self.suffix) for prompt in prompts_of(self.prompt)]
 
 
 def arguments_of(call: ToolCall) -> Any:

@@ -155,11 +155,10 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 
 @router.post("/generate")
 async def generate(request: Request, body: GenerateRequest) -> Response:
-    """Answer a prompt: as one turn of a conversation, or, when it is raw, as the bare text."""
+    """Answer a prompt: as one turn of a conversation; when it is raw, or has a suffix, as the bare text."""
     found = [
         f"{name} {why}"
         for name, why in (
-            ("suffix", "is not supported: this model cannot fill in the middle"),
             ("template", "is not taken from requests"),
             ("images", "cannot be read by this model"),
         )
@@ -170,8 +169,8 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     if not body.prompt:
         return await _load_only(request, body, {"response": ""})
     sampling, wanted = _sampling(body), _format(body.format)
-    if body.raw:
-        ask = Ask(prompt=[body.prompt], sampling=sampling, response_format=wanted)
+    if body.raw or body.suffix:
+        ask = Ask(prompt=[body.prompt], suffix=body.suffix, sampling=sampling, response_format=wanted)
     else:
         turns = [{"role": "system", "content": body.system}] if body.system else []
         turns.append({"role": "user", "content": body.prompt})

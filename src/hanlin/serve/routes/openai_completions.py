@@ -30,7 +30,7 @@ router = APIRouter(tags=["openai"], route_class=JsonRoute)
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Continue prompts."""
     body.check()
-    ask = Ask(prompt=body.prompt, sampling=body.overrides())
+    ask = Ask(prompt=body.prompt, suffix=body.suffix, sampling=body.overrides())
     call = await service_of(request).open(request, body.model)
     try:
         jobs = salted(await call.prepare(lambda llm: ask.jobs(llm, call.lease.adapter), slow=ask.slow), body.cache_salt)

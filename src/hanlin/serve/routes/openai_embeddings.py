@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 
 from hanlin.serve.body import JsonRoute
 from hanlin.serve.errors import ApiError
-from hanlin.serve.schemas.sampling import Body
+from hanlin.serve.schemas.embeddings import EmbeddingBody, base64_of
 from hanlin.serve.service import service_of
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
-
-
-class EmbeddingBody(Body):
-    """`pooling` and `normalize` are this server's own; `user` is taken and has no effect."""
-
-    model: str | None = None
-    input: str | list[int] | list[str] | list[list[int]]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
-    pooling: Literal["mean", "last"] | None = None
-    normalize: bool | None = None
-    user: Any = None
 
 
 @router.post("/v1/embeddings")
@@ -49,13 +35,8 @@ async def embeddings(request: Request, body: EmbeddingBody) -> dict[str, Any]:
         )
         packed = body.encoding_format == "base64"
         data = [
-            {"object": "embedding", "index": index, "embedding": _base64(vector) if packed else vector}
+            {"object": "embedding", "index": index, "embedding": base64_of(vector) if packed else vector}
             for index, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": call.model, "usage": usage}
-
-
-def _base64(vector: list[float]) -> str:
-    """Little-endian float32."""
-    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

@@ -1,4 +1,4 @@
-"""Tokens and scores: what a text becomes, and what the model thinks of it."""
+"""Tokens: what a text becomes, and how likely the model finds it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hanlin.serve.call import Call
 from hanlin.serve.service import service_of
 from hanlin.types import Score
 
-__all__ = ["router"]
+__all__ = ["Prompt", "router", "token_scores"]
 
 router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
@@ -47,7 +47,7 @@ class TemplateRequest(BaseModel):
     tools: list[dict[str, Any]] | None = None
 
 
-class ScoreRequest(BaseModel):
+class PerplexityRequest(BaseModel):
     """Prompts whose tokens are scored: a text, ids, or a list of either."""
 
     model: str = ""
@@ -92,31 +92,11 @@ async def apply_template(request: Request, body: TemplateRequest) -> dict[str, A
         return {"prompt": call.llm.tokenizer.decode(job.ids, skip_special=False), "tokens": list(job.ids)}
 
 
-@router.post("/score")
-async def score(request: Request, body: ScoreRequest) -> dict[str, Any]:
-    """Log-probabilities of the tokens of prompts under the model; the first token of each has none."""
-    async with await service_of(request).open(request, body.model) as call:
-        scores = await _scores(call, body.input)
-        data = [
-            {
-                "index": index,
-                "tokens": list(found.ids),
-                "logprobs": list(found.logprobs),
-                "total": found.total,
-                "perplexity": found.perplexity if len(found.ids) > 1 else None,
-            }
-            for index, found in enumerate(scores)
-        ]
-        tokens = sum(len(found.ids) for found in scores)
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "model": call.model, "data": data, "usage": usage}
-
-
 @router.post("/get_ppl")
-async def get_ppl(request: Request, body: ScoreRequest) -> dict[str, Any]:
+async def get_ppl(request: Request, body: PerplexityRequest) -> dict[str, Any]:
     """LMDeploy's: the mean negative log-probability of each prompt (the logarithm of its perplexity)."""
     async with await service_of(request).open(request, body.model) as call:
-        scores = await _scores(call, body.input)
+        scores = await token_scores(call, body.input)
         return {"ppl": [-found.total / (len(found.ids) - 1) if len(found.ids) > 1 else None for found in scores]}
 
 
@@ -149,6 +129,7 @@ async def _ids(call: Call, body: TokenizeRequest) -> tuple[int, ...]:
     return job.ids
 
 
-async def _scores(call: Call, given: Any) -> list[Score]:
+async def token_scores(call: Call, given: Any) -> list[Score]:
+    """The log-probability of each token of prompts: a text, ids, or a list of either."""
     prompts = [call.llm.requests.encode(prompt) for prompt in prompts_of(given)]
     return [Score(ids=s.prompt, logprobs=(None, *s.prompt_logprobs)) for s in await call.look(prompts, score=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from hanlin.serve.errors import ApiError
 from hanlin.serve.schemas.sampling import SamplingBody
@@ -19,11 +19,6 @@ class CompletionBody(SamplingBody):
     best_of: int | None = None
     suffix: str | None = None
 
-    refused: ClassVar[dict[str, str]] = {
-        **SamplingBody.refused,
-        "suffix": "this model goes on with a text, it cannot fill a gap",
-    }
-
     def check(self) -> None:
         super().check()
         if self.n is not None and self.n < 1:
@@ -34,6 +29,8 @@ class CompletionBody(SamplingBody):
             raise ApiError(400, f"max_tokens must be >= 0, not {self.max_tokens}", param="max_tokens")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ApiError(400, f"best_of {self.best_of} is less than n {self.n or 1}", param="best_of")
+        if self.suffix and self.echo:
+            raise ApiError(400, "echo with a suffix has no meaning: the reply stands between two texts", param="echo")
         if self.stream and (self.best_of or 1) > (self.n or 1):
             raise ApiError(400, "best_of cannot be streamed: the best is known at the end only", param="best_of")
 
