@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from hanlin.checkpoints.base import fail
 from hanlin.checkpoints.converted_config import converted_tokenizer
 from hanlin.checkpoints.description import read_json
-from hanlin.checkpoints.safetensors_writer import save_safetensors
+from hanlin.checkpoints.safetensors_writer import save_resumably
 from hanlin.checkpoints.source import open_source
 from hanlin.checkpoints.weights import Weights, as_bytes, probe
 from hanlin.errors import CheckpointError
@@ -67,8 +67,8 @@ class DirectoryTarget:
         return read_config(self.values)
 
     def write(self, path: Path, progress: Progress) -> None:
-        """Write the new directory `path`."""
-        save_safetensors(path, self._tensors(progress), max_shard_bytes=_SHARD_BYTES)
+        """Write the directory `path`; what an interrupted call left there and beside it is used again."""
+        self.write_weights(path, progress)
         tokenizer: Mapping[str, Any] = {}
         if self.beside is not None:
             for name in _KEPT:
@@ -83,6 +83,19 @@ class DirectoryTarget:
                 (path / name).write_text(text, encoding="utf-8")
         for name, data in self.files.items():
             (path / name).write_bytes(data)
+
+    def write_weights(self, path: Path, progress: Progress) -> None:
+        """The part of `write` that takes long."""
+        names, total = self._steps()
+        done = 0
+
+        def written(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(min(done, total), total)
+
+        parts = path.with_name("shards")
+        save_resumably(path, names, self._value, parts=parts, max_shard_bytes=_SHARD_BYTES, written=written)
 
     def compare(self, path: Path, progress: Progress) -> None:
         """Read what was written: every tensor bit for bit, and the logits of a probe prompt.
@@ -114,16 +127,6 @@ class DirectoryTarget:
         # Written and compared: each byte is counted twice.
         names = [name for name, _ in build(self.result, dtype=torch.float32).named_parameters()]
         return names, 2 * sum(info.nbytes for info in self.weights.source.infos.values())
-
-    def _tensors(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the result, one at a time."""
-        names, total = self._steps()
-        done = 0
-        for name in names:
-            value = self._value(name)
-            done += value.nbytes
-            yield name, value
-            progress(min(done, total), total)
 
     def _value(self, name: str) -> Tensor:
         return self.narrow(self._in_layout(name))

@@ -90,5 +90,6 @@ def _turned(fused: Tensor, heads: int, kv_heads: int, *, pairs: bool) -> Tensor:
     grouped = fused.reshape(kv_heads, heads // kv_heads + 2, -1, *fused.shape[1:])  # q's heads of a group, its k, its v
     rotated = grouped[:, :-1]
     half = rotated.shape[2] // 2
-    split = rotated.unflatten(2, (half, 2) if pairs else (2, half)).transpose(2, 3).flatten(2, 3)
+    shape = (half, 2) if pairs else (2, half)
+    split = rotated.reshape(*rotated.shape[:2], *shape, *fused.shape[1:]).transpose(2, 3).flatten(2, 3)
     return torch.cat((split, grouped[:, -1:]), 1).reshape(fused.shape)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hanlin.checkpoints.base import DTYPES, shown
+from hanlin.checkpoints.staging import PieceFile
 from hanlin.errors import CheckpointError, ConfigError
 
-__all__ = ["save_safetensors"]
+__all__ = ["save_resumably", "save_safetensors"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -53,12 +54,75 @@ def save_safetensors(
         ) from error
 
 
-def _write_shards(
-    staging: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int, metadata: dict[str, str]
-) -> tuple[list[list[str]], int]:
-    """The names in each shard, written as `0`, `1`..., and the bytes of all."""
+def save_resumably(
+    directory: Path,
+    names: Sequence[str],
+    load: Callable[[str], torch.Tensor],
+    *,
+    parts: Path,
+    max_shard_bytes: int = 2 << 30,
+    written: Callable[[int], None] = lambda nbytes: None,
+) -> list[Path]:
+    """The same from a function, resumable: finished shards stay in `parts`, and are used again where they are whole.
+
+    Args:
+        load: gives a tensor by name; not asked for those that are there.
+        parts: a directory for nothing else, with shards of the same tensors from an earlier call, or none.
+        written: called with the bytes of each tensor that is stored, or was.
+
+    Raises:
+        CheckpointError: a tensor that can't be stored.
+        OSError: the disk is full or not writable.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    parts.mkdir(parents=True, exist_ok=True)
+    shards, total = _kept_shards(parts, names)
+    written(total)
+    rest = names[sum(map(len, shards)) :]
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in rest:
+            value = load(name)
+            yield name, value
+            written(value.nbytes)
+
+    if rest or not shards:
+        shards, more = _write_shards(parts, tensors(), max_shard_bytes, {}, shards)
+        total += more
+    for left in parts.glob("*.*"):
+        left.unlink()
+    return _publish(parts, directory, "model", shards, total)
+
+
+def _kept_shards(parts: Path, names: Sequence[str]) -> tuple[list[list[str]], int]:
+    """The names in each shard that is whole, and the bytes of all; what follows the first other one is removed."""
     shards: list[list[str]] = []
-    seen: set[str] = set()
+    total = start = 0
+    while (path := parts / str(len(shards))).is_file():
+        file = PieceFile(path)
+        file.close()
+        held, nbytes = file.notes[0] if file.notes else ([], 0)
+        if not held or held != list(names[start : start + len(held)]):
+            break
+        shards.append(held)
+        start, total = start + len(held), total + nbytes
+    for path in parts.iterdir():
+        number = path.name.partition(".")[0]
+        if not number.isdecimal() or int(number) >= len(shards):
+            path.unlink()
+    return shards, total
+
+
+def _write_shards(
+    staging: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: int,
+    metadata: dict[str, str],
+    earlier: Sequence[list[str]] = (),
+) -> tuple[list[list[str]], int]:
+    """The names in each shard, written as `0`, `1`..., and the bytes of all; `earlier` ones are there already."""
+    shards: list[list[str]] = list(earlier)
+    seen = {name for shard in shards for name in shard}
     pending: dict[str, torch.Tensor] = {}
     size = total = 0
 
@@ -108,13 +172,17 @@ def _write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def pieces() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little") + text
         for name in in_file:
-            data = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(data.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+            yield tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    file = PieceFile(path)
+    try:
+        file.write(pieces(), [list(tensors), end])
+    finally:
+        file.close()
 
 
 def _publish(staging: Path, directory: Path, stem: str, shards: list[list[str]], total: int) -> list[Path]:
