@@ -130,11 +130,14 @@ def weights(values: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     return out
 
 
-def quantised(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """The tensors as the released `quantize` stores them: the linear layers of all blocks in `bits` bits, by row."""
+def quantised(tensors: dict[str, Tensor], bits: int, *, ends: bool = False) -> dict[str, Tensor]:
+    """The tensors as the released `quantize` stores them: the linear layers of all blocks in `bits` bits, by row.
+
+    `ends` adds the table of embeddings and the head, as in chatglm-6b-int4-qe.
+    """
     out = {}
     for name, tensor in tensors.items():
-        if ".layers." not in name or tensor.ndim < 2:
+        if tensor.ndim < 2 or not (ends or ".layers." in name):
             out[name] = tensor.half()
             continue
         most = 2 ** (bits - 1) - 1

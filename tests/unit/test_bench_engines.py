@@ -251,7 +251,9 @@ def test_vllm_counts_what_comes_after_the_last_first_token(monkeypatch: pytest.M
     assert tokens == 3 * 10 - (3 + 2 + 1)
 
 
-def test_transformers_runs_a_prompt_and_then_one_token_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_transformers_runs_a_prompt_and_then_one_token_at_a_time(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Its argument for the cache is `cache` since 5.24."""
     import torch
 
     shapes: list[tuple[int, ...]] = []
@@ -259,18 +261,21 @@ def test_transformers_runs_a_prompt_and_then_one_token_at_a_time(monkeypatch: py
 
     class Model:
         config = None
+        forward: Any
 
         def eval(self) -> Model:
             return self
 
         def __call__(self, ids: torch.Tensor, **options: Any) -> SimpleNamespace:
             shapes.append(tuple(ids.shape))
-            assert options["logits_to_keep"] == 1 and options["past_key_values"] == "cache"
+            assert options["logits_to_keep"] == 1 and options[name] == "cache"
             return SimpleNamespace(logits=torch.zeros(len(ids), 1, 50))
 
     def make(path: Path, **options: Any) -> Model:
         places.append(options)
-        return Model()
+        model = Model()
+        model.forward = (lambda cache: None) if name == "cache" else (lambda past_key_values: None)
+        return model
 
     before = torch.get_num_threads()
     transformers = SimpleNamespace(

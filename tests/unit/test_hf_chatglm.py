@@ -169,6 +169,30 @@ def test_quantize(path: Path, model: Any, tokenizer: Any, tmp_path: Path, bits: 
     assert made.half().get_parameter(at).dtype == torch.int8
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_embeddings(path: Path, model: Any, tokenizer: Any, tmp_path: Path, bits: int) -> None:
+    """chatglm-6b-int4-qe: the table of embeddings and the head in few bits too, from files and at run time."""
+    changes = {"quantization_bit": bits, "quantization_embeddings": True}
+    stored = directory(tmp_path / "qe", lambda tensors: quantised(tensors, bits, ends=True), **changes)
+    read = AutoModel.from_pretrained(stored, dtype=torch.float32).eval()
+    made = copy.deepcopy(model).quantize(bits, quantize_embeddings=True)
+    ids = torch.tensor([tokenizer("the cat")["input_ids"]])
+    with torch.no_grad():
+        want = read(ids).logits
+        assert torch.allclose(made(ids).logits, want, atol=2e-2)  # norms and biases are stored in float16
+        assert (model(ids).logits - want).abs().max() > 0
+    made.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    replies = []
+    for where in (stored, tmp_path / "saved"):
+        with hanlin.load(where, runner="torch", dtype="float32", cache_max_entry_count=64) as llm:
+            replies.append(llm.chat("the cat", temperature=0, max_tokens=8).text)
+    response, _ = read.chat(tokenizer, "the cat", do_sample=False, max_new_tokens=8)
+    assert replies == [response, response]
+    with pytest.raises(ConfigError, match="quantised already"):
+        copy.deepcopy(model).quantize(bits).quantize(bits, quantize_embeddings=True)
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_prefix_tuning(path: Path, tokenizer: Any, projection: bool) -> None:
     """Only the prefix learns, and logits are those of Hanlin's module with it."""

@@ -22,6 +22,7 @@ from hanlin.hf import (  # noqa: E402
     InternLM2ForSequenceClassification,
     InternLM2Model,
 )
+from hanlin.hf.caches import NAMES  # noqa: E402
 from hanlin.layers.attend import PackedAttend  # noqa: E402
 from hanlin.layers.rope import Positions  # noqa: E402
 from hanlin.models.internlm2 import InternLM2ForCausalLM as Module  # noqa: E402
@@ -255,6 +256,29 @@ def test_forms_of_the_output(model: Any) -> None:
     assert isinstance(model.model(ids, return_dict=False), tuple)
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole.logits[:, -2:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole.logits[:, [0, 3]])
+
+
+@torch.no_grad()
+def test_a_cache_by_either_name(model: Any) -> None:
+    """Transformers 5.24 calls it `cache`, what is older, PEFT and the released code `past_key_values`."""
+    ids = prompt(1, 6)
+    whole = model(ids).logits[:, 3:]
+    for name in NAMES:
+        held = transformers.DynamicCache(config=model.config)
+        model(ids[:, :3], **{name: held})
+        assert held.get_seq_length() == 3
+        torch.testing.assert_close(model(ids[:, 3:], **{name: held}).logits, whole)
+        assert held.get_seq_length() == 6
+        longer = torch.cat((ids, prompt(1, 2, 7)), 1)
+        assert torch.equal(model.generate(longer, **{name: held}, **GREEDY), model.generate(longer, **GREEDY))
+    with pytest.raises(RequestError, match="not both"):
+        model(ids, cache=transformers.DynamicCache(), past_key_values=transformers.DynamicCache())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_cards_cuda_without_a_gpu(model: Any) -> None:
+    with pytest.warns(UserWarning, match="no GPU here; the model stays on the CPU"):
+        assert model.cuda() is model and model.device.type == "cpu"
 
 
 def test_what_cannot_be_served(model: Any) -> None:

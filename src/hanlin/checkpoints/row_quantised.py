@@ -16,7 +16,7 @@ import torch
 
 from hanlin.checkpoints.base import TensorInfo, TensorSource, fail
 
-__all__ = ["ROW_INT4", "ROW_INT8", "RowQuantisedSource", "dequantised", "is_row_quantised"]
+__all__ = ["ROW_INT4", "ROW_INT8", "RowQuantisedSource", "dequantised", "is_row_quantised", "packed", "rounded"]
 
 ROW_INT4, ROW_INT8 = "ROW_INT4", "ROW_INT8"
 _SCALE = "_scale"
@@ -101,3 +101,17 @@ def dequantised(numbers: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.
         low = (numbers << 4) >> 4
         numbers = torch.stack((numbers >> 4, low), -1).flatten(-2)
     return numbers.float() * scale.float()[:, None]
+
+
+def rounded(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) -> whole numbers int8 (out, in), and scales float16 (out,): a row's largest is the last."""
+    most = 2 ** (bits - 1) - 1
+    wide = weight.float()
+    scale = (wide.abs().amax(1) / most).half()
+    exact = scale.float().clamp(min=torch.finfo(torch.float16).tiny)[:, None]
+    return (wide / exact).round().clamp(-most, most).to(torch.int8), scale
+
+
+def packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers int8 (out, in) as they are stored, (out, in * bits / 8)."""
+    return (numbers[:, 0::2] << 4) | (numbers[:, 1::2] & 15) if bits == 4 else numbers

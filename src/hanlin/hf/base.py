@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hanlin.errors import RequestError
 from hanlin.hf.attend import CacheAttend
+from hanlin.hf.caches import CACHE, NAMES, only_cache, renamed
 from hanlin.layers.rope import Positions, Rope
 from hanlin.models.config import DecoderConfig
 
@@ -46,7 +47,7 @@ def plain_rope(
 class HanlinConfig(PreTrainedConfig):  # type: ignore[misc]
     """A released `config.json` under its own attribute names. Whatever names code to run is dropped as it is read."""
 
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer adds a list to it
+    keys_to_ignore_at_inference = [*NAMES]  # noqa: RUF012 - Trainer adds a list to it
 
     def __init__(self, **kwargs: Any) -> None:
         values = {key: value for key, value in kwargs.items() if key not in _CODE}
@@ -83,13 +84,25 @@ class HanlinPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = NAMES
     _supports_sdpa = True
     # Tables that converted files may hold, and a language-model head where there is none.
     _keys_to_ignore_on_load_unexpected = (
         r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
         r"^(output|lm_head)\.weight$",
     )
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Any:
+        """To the GPU, as the cards' snippets ask for. Where torch finds none, the model stays where it is."""
+        if torch.cuda.is_available():
+            return super().cuda(*args, **kwargs)
+        warnings.warn(
+            "cuda(): torch finds no GPU here; the model stays on the CPU, where .float() is fastest for these classes, "
+            "and hanlin.load() answers faster still and in less memory.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return self
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers would run `custom_generate/generate.py` of the model's directory here; Hanlin never does.
@@ -127,6 +140,7 @@ class HanlinModel(HanlinPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """ids (N, S) or embeddings (N, S, D) -> hidden (N, S, D) after the final norm.
@@ -140,12 +154,10 @@ class HanlinModel(HanlinPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give exactly one of input_ids and inputs_embeds")
-        if isinstance(past_key_values, (tuple, list)):
-            raise RequestError("past_key_values must be a Cache, such as DynamicCache(); tuples are no longer taken")
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         checkpointing = self.gradient_checkpointing and self.training
-        cache = self._cache(past_key_values, use_cache, checkpointing)
+        cache = self._cache(only_cache(cache, past_key_values), use_cache, checkpointing)
 
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         rows, length = x.shape[:2]
@@ -176,9 +188,9 @@ class HanlinModel(HanlinPreTrainedModel):
         x = self.final_norm(x).unflatten(0, (rows, length))
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=(*states, x) if hidden else None,
             attentions=tuple(attend.probabilities[i] for i in range(len(self.blocks))) if attentions else None,
+            **{CACHE: cache},
         )
         return output if _as_dict(self, return_dict) else output.to_tuple()
 
@@ -247,6 +259,7 @@ class HanlinCausalLM(HanlinPreTrainedModel, GenerationMixin):  # type: ignore[mi
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """ids (N, S) -> logits (N, S, V) float32, and with `labels` (N, S; -100 is left out) the next-token loss.
@@ -257,7 +270,7 @@ class HanlinCausalLM(HanlinPreTrainedModel, GenerationMixin):  # type: ignore[mi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=only_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -272,9 +285,9 @@ class HanlinCausalLM(HanlinPreTrainedModel, GenerationMixin):  # type: ignore[mi
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=body.past_key_values,
             hidden_states=body.hidden_states,
             attentions=body.attentions,
+            **{CACHE: body.get(CACHE)},
         )
         return output if _as_dict(self, return_dict) else output.to_tuple()
 
@@ -284,7 +297,7 @@ class HanlinCausalLM(HanlinPreTrainedModel, GenerationMixin):  # type: ignore[mi
         if isinstance(given, (int, float)) and given > 1:
             warnings.warn(f"top_p={given} is above 1 and keeps every token, as 1 does", UserWarning, stacklevel=2)
             kwargs["top_p"] = 1.0
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        return super().generate(inputs, generation_config=generation_config, **renamed(kwargs))
 
 
 def _as_dict(model: PreTrainedModel, wanted: bool | None) -> bool:

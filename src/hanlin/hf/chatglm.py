@@ -16,7 +16,7 @@ from hanlin.errors import ConfigError, RequestError, TokenizerError
 from hanlin.hf.base import HanlinCausalLM, HanlinConfig, HanlinModel, HanlinPreTrainedModel
 from hanlin.hf.chat import History, encode_prompt, reply_text, stream
 from hanlin.hf.register import WHERE, HFFamily
-from hanlin.hf.row_quantised import quantise_rows
+from hanlin.hf.row_quantised import RowQuantisedEmbedding, RowQuantisedLinear, quantise_rows
 from hanlin.hf.tokenizer import to_hanlin
 from hanlin.layers.linear import Linear
 from hanlin.models import chatglm
@@ -96,14 +96,19 @@ class ChatGLMConfig(HanlinConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As Transformers' own; ChatGLM2 and all later ones share the `model_type` and get their class of this name."""
-        if family_name({"model_type": cls.model_type, **config_dict}) != cls.model_type:
+        found = family_name({"model_type": cls.model_type, **config_dict})
+        if found == "visualglm" and cls is ChatGLMConfig:
+            from hanlin.hf.visualglm import VisualGLMConfig
+
+            return VisualGLMConfig.from_dict(config_dict, **kwargs)
+        if found not in (cls.model_type, "visualglm"):
             from hanlin.hf.chatglm2 import ChatGLMConfig as Later
 
             return Later.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def read(self, values: Mapping[str, Any]) -> chatglm.ChatGLMConfig:
-        return chatglm.read_config({k: v for k, v in values.items() if k != "tie_word_embeddings"})
+        return chatglm.read_config(values)
 
 
 class ChatGLMPreTrainedModel(HanlinPreTrainedModel):
@@ -294,15 +299,37 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GLMCausalLM):
         self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, cut="out")
         if config.quantization_bit:
             quantise_rows(self.transformer.layers, config.quantization_bit, empty=True)
+            if config.quantization_embeddings:
+                self._quantise_ends(config.quantization_bit, empty=True)
         self.post_init()
         self.freeze()
+
+    def quantize(self, bits: int, *args: Any, quantize_embeddings: bool = False, **kwargs: Any) -> Self:
+        """As for all ChatGLMs; `quantize_embeddings` keeps the table of embeddings and the head in few bits too."""
+        if self.config.quantization_bit and quantize_embeddings != self.config.quantization_embeddings:
+            raise ConfigError("this model is quantised already; load the original instead")
+        super().quantize(bits, *args, **kwargs)
+        if quantize_embeddings and not self.config.quantization_embeddings:
+            self._quantise_ends(bits)
+            self.config.quantization_embeddings = True
+        return self
+
+    def _quantise_ends(self, bits: int, *, empty: bool = False) -> None:
+        table = self.transformer.word_embeddings
+        self.transformer.word_embeddings = RowQuantisedEmbedding.of(table, bits, empty=empty)
+        self.lm_head = RowQuantisedLinear.of(cast(Linear, self.lm_head), bits, empty=empty)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' own; the files of ChatGLM2 and all later ones give their class of this name."""
         if kwargs.get("config") is None:
             where = {name: kwargs[name] for name in WHERE if name in kwargs}
-            if not isinstance(ChatGLMConfig.from_pretrained(path, **where), ChatGLMConfig):
+            config = ChatGLMConfig.from_pretrained(path, **where)
+            if hasattr(config, "eva_config") and cls is ChatGLMForConditionalGeneration:
+                from hanlin.hf.visualglm import ChatGLMForConditionalGenerationWithImage
+
+                return ChatGLMForConditionalGenerationWithImage.from_pretrained(path, *args, **kwargs)
+            if not isinstance(config, ChatGLMConfig):
                 from hanlin.hf.chatglm2 import ChatGLMForConditionalGeneration as Later
 
                 return Later.from_pretrained(path, *args, **kwargs)

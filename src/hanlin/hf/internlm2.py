@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from hanlin.chat.internlm2 import InternLM2Format
 from hanlin.errors import ConfigError, RequestError
 from hanlin.hf.base import HanlinCausalLM, HanlinConfig, HanlinModel, HanlinPreTrainedModel, plain_rope
+from hanlin.hf.caches import CACHE, only_cache
 from hanlin.hf.chat import CardChat
 from hanlin.hf.register import HFFamily
 from hanlin.hf.tokenizer import FastSentencePiece, SlowSentencePiece, to_hanlin
@@ -164,6 +165,7 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """ids (N, S) -> the value (N, 1) at each row's last token that `attention_mask` keeps.
@@ -175,7 +177,7 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=only_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -191,9 +193,9 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
             raise RequestError("the last token of input_ids must be the reward token; get_score puts it there")
         output = SequenceClassifierOutputWithPast(
             logits=self.v_head(states[row, last]).float(),
-            past_key_values=body.past_key_values,
             hidden_states=body.hidden_states,
             attentions=body.attentions,
+            **{CACHE: body.get(CACHE)},
         )
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanlin.checkpoints.row_quantised import dequantised
+from hanlin.checkpoints.row_quantised import dequantised, packed, rounded
+from hanlin.layers.embedding import Embedding
 from hanlin.layers.linear import Linear
 
-__all__ = ["RowQuantisedLinear", "quantise_rows"]
+__all__ = ["RowQuantisedEmbedding", "RowQuantisedLinear", "quantise_rows"]
 
 
 class RowQuantisedLinear(Linear):
@@ -33,18 +36,41 @@ class RowQuantisedLinear(Linear):
                 cut=linear.cut,
             )
         made.bits, made.bias = bits, linear.bias
-        weight = linear.weight.detach()
-        if empty or weight.is_meta:
-            numbers = weight.new_zeros((len(weight), weight.shape[1] * bits // 8), dtype=torch.int8)
-            scale = weight.new_zeros(len(weight))
-        else:
-            numbers, scale = quantised(weight, bits)
-        made.weight = nn.Parameter(numbers, requires_grad=False)
-        made.weight_scale = nn.Parameter(scale, requires_grad=False)
+        _fill(made, linear.weight.detach(), bits, empty)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.weight_scale, self.bias, self.bits)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class RowQuantisedEmbedding(Embedding):
+    """A frozen table of embeddings, kept as `RowQuantisedLinear` keeps its weight; a row is a token's."""
+
+    bits: int
+
+    @classmethod
+    def of(cls, table: nn.Embedding, bits: int, *, empty: bool = False) -> RowQuantisedEmbedding:
+        """From a dense table; `empty` leaves the numbers to whoever loads a checkpoint."""
+        with torch.device("meta"):
+            made = cls(table.num_embeddings, table.embedding_dim)
+        made.bits = bits
+        _fill(made, table.weight.detach(), bits, empty)
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
+        scale = cast(Tensor, self.weight_scale)[input]
+        rows = dequantised(self.weight[input].flatten(0, -2), scale.flatten(), self.bits)
+        return rows.view(*input.shape, -1).to(scale.dtype)
+
+
+def _fill(made: nn.Module, weight: Tensor, bits: int, empty: bool) -> None:
+    if empty or weight.is_meta:
+        numbers = weight.new_zeros((len(weight), weight.shape[1] * bits // 8), dtype=torch.int8)
+        scale = weight.new_zeros(len(weight))
+    else:
+        numbers, scale = quantised(weight, bits)
+    made.weight = nn.Parameter(numbers, requires_grad=False)
+    made.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
 class _Product(torch.autograd.Function):
@@ -63,14 +89,8 @@ class _Product(torch.autograd.Function):
 
 def quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(out, in) -> int8 (out, in * bits / 8), and scales (out,) in the weight's dtype, rounded to float16."""
-    most = 2 ** (bits - 1) - 1
-    wide = weight.float()
-    scale = (wide.abs().amax(1) / most).half()
-    exact = scale.float().clamp(min=torch.finfo(torch.float16).tiny)[:, None]
-    numbers = (wide / exact).round().clamp(-most, most).to(torch.int8)
-    if bits == 4:
-        numbers = (numbers[:, 0::2] << 4) | (numbers[:, 1::2] & 15)
-    return numbers, scale.to(weight.dtype)
+    numbers, scale = rounded(weight, bits)
+    return packed(numbers, bits), scale.to(weight.dtype)
 
 
 def quantise_rows(blocks: nn.Module, bits: int, *, empty: bool = False) -> None:

@@ -54,6 +54,7 @@ def read_config(values: Mapping[str, Any]) -> ChatGLMConfig:
     """Read a released ChatGLM-6B `config.json`. Missing keys mean what the released code means by them."""
     read = Reader(values, "chatglm")
     read.fixed("position_encoding_2d", True)
+    read.fixed("tie_word_embeddings", False)  # Transformers writes it
     read.fixed("quantization_bit", 0, 4, 8)
     read.used.update(("quantization_embeddings", "end_token_id"))  # the files tell
     vocabulary, hidden = read.whole("vocab_size", _ROWS + 20000), read.whole("hidden_size", 4096)

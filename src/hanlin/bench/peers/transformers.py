@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -27,6 +28,8 @@ class Engine:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent if path.is_file() else path, dtype=torch.bfloat16, **place, **settings["options"]
         ).eval()
+        taken = inspect.signature(self.model.forward).parameters
+        self.name = "cache" if "cache" in taken else "past_key_values"  # renamed in Transformers 5.24
         self.facts = {"version": f"{transformers.__version__}, torch {torch.__version__}"}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, float, int]:
@@ -36,7 +39,7 @@ class Engine:
         with self.torch.inference_mode():
             ids = self.torch.tensor(prompts)
             for _ in range(tokens + 1):
-                logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = self.model(ids, **{self.name: cache}, use_cache=True, logits_to_keep=1).logits
                 ids = logits[:, -1].argmax(-1, keepdim=True)
                 first = first or time.perf_counter() - began
         return first, time.perf_counter() - began, tokens * len(prompts)
