@@ -25,6 +25,7 @@ __all__ = [
     "FileSource",
     "TensorInfo",
     "TensorSource",
+    "Without",
     "countable",
     "fail",
     "parse_json",
@@ -164,6 +165,17 @@ class FileSource(ABC):
         # Any byte may stand in a damaged file, and torch leaves a bool that is neither 0 nor 1 undefined.
         typed = data != 0 if stored is torch.bool else data.view(stored)
         return typed.reshape(tuple(shape))
+
+
+class Without:
+    """A source that is described as if it lacked some tensors."""
+
+    def __init__(self, source: TensorSource, names: Iterable[str]) -> None:
+        self._source = source
+        self.infos = {name: info for name, info in source.infos.items() if name not in set(names)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
 
 def shown(value: object) -> str:

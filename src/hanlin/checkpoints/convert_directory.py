@@ -53,14 +53,12 @@ class DirectoryTarget:
         weights: what is converted.
         beside: the directory whose tokenizer, template and licence go along, if there is one.
         files: further files by name.
-        narrow: what becomes of each tensor before it is stored; it must not lose anything.
     """
 
     weights: Weights
     values: Mapping[str, Any]
     beside: Path | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
-    narrow: Callable[[Tensor], Tensor] = lambda value: value
 
     @property
     def result(self) -> DecoderConfig:
@@ -129,9 +127,6 @@ class DirectoryTarget:
         return names, 2 * sum(info.nbytes for info in self.weights.source.infos.values())
 
     def _value(self, name: str) -> Tensor:
-        return self.narrow(self._in_layout(name))
-
-    def _in_layout(self, name: str) -> Tensor:
         load, there = self.weights.load, self.weights.config.model_type
         if there == self.result.model_type:
             return load(name)

@@ -17,6 +17,12 @@ _DROPPED = (
     *("rope_parameters", "rope_scaling", "rope_theta", "attn_implementation", "vocab_size"),
 )
 _CLASSES = {"internlm2": "InternLM2ForCausalLM", "llama": "LlamaForCausalLM"}
+_RELEASED = {
+    **_CLASSES,
+    "qwen2": "Qwen2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+    "chatglm": "ChatGLMModel",
+}
 # What the code released with InternLM2 accepts as `rope_scaling`.
 _ROPE = ("linear", "dynamic")
 
@@ -28,10 +34,10 @@ def converted_config(values: Mapping[str, Any], config: DecoderConfig, to: str, 
         ConfigError: everything that InternLM2's configuration can't say of a Llama, or the family is a reward model.
     """
     found = []
-    if config.model_type not in _CLASSES:
-        found.append(f"a model of kind {config.model_type} can't be converted")
     if config.model_type == to:
         return {key: value for key, value in values.items() if key != "auto_map"} | {"vocab_size": config.vocab_size}
+    if config.model_type not in _CLASSES:
+        found.append(f"a model of kind {config.model_type} can't be converted")
     scaling = values.get("rope_scaling")
     given = values.get("rope_parameters")
     if scaling is None and isinstance(given, Mapping) and config.rope.kind != "none":
@@ -71,6 +77,20 @@ def converted_config(values: Mapping[str, Any], config: DecoderConfig, to: str, 
         "rope_theta": config.rope.base,
         "rope_scaling": scaling,
     }
+
+
+def gguf_config(values: Mapping[str, Any], vocab_size: int, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a `config.json` for what came out of a GGUF file, which does not know all that one says."""
+    said = {key: value for key, value in values.items() if value is not None and key != "vocab_size"}
+    said.setdefault("architectures", [_RELEASED[said["model_type"]]])
+    if said["model_type"] == "chatglm":
+        fixed = {"rmsnorm": True, "post_layer_norm": True, "original_rope": True, "add_bias_linear": False}
+        said |= {**fixed, "padded_vocab_size": vocab_size, "tie_word_embeddings": False}
+    else:
+        said |= {"vocab_size": vocab_size, "hidden_act": "silu"}
+    if said["model_type"] == "internlm2":  # its code computes it
+        said.pop("head_dim", None)
+    return said | {"torch_dtype": dtype, "use_cache": True}
 
 
 def converted_tokenizer(tokenizer: Mapping[str, Any], values: Mapping[str, Any], sentencepiece: bool) -> dict[str, Any]:

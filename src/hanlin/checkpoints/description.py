@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hanlin.checkpoints.internevo import InternEvoSource
 from hanlin.checkpoints.internevo_names import CONFIGURATION
 from hanlin.checkpoints.quantisation import Quantisation, read_quantisation
 from hanlin.checkpoints.source import TensorSource
-from hanlin.errors import CheckpointError, ConfigError
+from hanlin.errors import CheckpointError, ConfigError, problems
 from hanlin.models.registry import FAMILIES
 
 __all__ = ["Description", "describe_directory", "describe_gguf", "read_json"]
@@ -114,6 +116,11 @@ def describe_gguf(source: TensorSource) -> Description:
         return meta.get(f"{arch}.{key}")
 
     tokens = meta.get("tokenizer.ggml.tokens") or ()
+    template = meta.get("tokenizer.chat_template")
+    name = str(meta.get("general.name") or source.path.stem)
+    if family == "chatglm2":
+        glm = _chatglm2(str(arch), meta, source)
+        return Description(values=glm, template=template if isinstance(template, str) else None, name=name)
     heads, hidden = value("attention.head_count"), value("embedding_length")
     head_dim = value("attention.key_length") or (hidden // heads if isinstance(hidden, int) and heads else None)
     values: dict[str, Any] = {
@@ -126,8 +133,8 @@ def describe_gguf(source: TensorSource) -> Description:
         "num_key_value_heads": value("attention.head_count_kv") or heads,
         "head_dim": head_dim,
         "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_theta": value("rope.freq_base") or 10000.0,
+        "rms_norm_eps": _tidy(value("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _tidy(value("rope.freq_base")) or 10000.0,
         "rope_scaling": _rope_scaling(arch, meta, source),
         "tie_word_embeddings": "output.weight" not in source.infos,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
@@ -136,20 +143,70 @@ def describe_gguf(source: TensorSource) -> Description:
     if family == "internlm2":
         values["bias"] = "blk.0.attn_q.bias" in source.infos
     if family == "llama":
-        values["attention_bias"] = "blk.0.attn_q.bias" in source.infos
+        biases = {part: f"blk.0.{part}.bias" in source.infos for part in ("attn_q", "attn_output", "ffn_gate")}
+        values |= {"attention_bias": biases["attn_q"], "mlp_bias": biases["ffn_gate"]}
+        if biases["attn_q"] and not biases["attn_output"]:  # as a Llama of InternLM3's kind may have them
+            values |= {"model_type": "internlm3", "qkv_bias": True, "bias": False}
+            values = {key: value for key, value in values.items() if key not in ("attention_bias", "mlp_bias")}
     rows = source.infos.get("token_embd.weight")
     if rows is not None and len(rows.shape) == 2:  # padded vocabularies keep their extra rows
         values["vocab_size"] = rows.shape[0]
-    template = meta.get("tokenizer.chat_template")
     return Description(
         values=values,
         permuted=family in ("llama", "internlm2"),
         template=template if isinstance(template, str) else None,
-        name=str(meta.get("general.name") or source.path.stem),
+        name=name,
     )
 
 
+def _tidy(number: Any) -> Any:
+    """A float32 as the shortest number that becomes it: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(number))) if isinstance(number, float) else number
+
+
+def _chatglm2(arch: str, meta: Mapping[str, Any], source: TensorSource) -> dict[str, Any]:
+    """The keys of the `config.json` that ChatGLM2 and all later ones were released with."""
+    heads, hidden = meta.get(f"{arch}.attention.head_count"), meta.get(f"{arch}.embedding_length")
+    rows = source.infos.get("token_embd.weight")
+    size = meta.get(f"{arch}.attention.key_length")
+    size = size or (hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None)
+    dims = meta.get(f"{arch}.rope.dimension_count")
+    found = [] if dims is None or size is None or dims == size // 2 else [f"{dims} of {size} dimensions rotate"]
+    base = _tidy(meta.get(f"{arch}.rope.freq_base")) or 10000.0
+    ratio = base / 10000.0 if isinstance(base, float) else 1.0
+    kind, factor = (meta.get(f"{arch}.rope.scaling.{key}") for key in ("type", "factor"))
+    if kind == "linear" and factor == 16 and ratio == 1:
+        ratio = 16  # ChatGLM2-6B-32k, the one that divides positions
+    elif kind not in (None, "none"):
+        found.append(f"RoPE is scaled by {kind!r}, by {factor}")
+    if "output.weight" not in source.infos:
+        found.append("the head is the embedding")
+    if found:
+        raise ConfigError(problems(str(source.path), found, "No ChatGLM2, ChatGLM3 or GLM-4 is like that."))
+    return {
+        "model_type": "chatglm",
+        "multi_query_attention": True,
+        "padded_vocab_size": rows.shape[0] if rows is not None and rows.shape else 0,
+        "hidden_size": hidden,
+        "ffn_hidden_size": meta.get(f"{arch}.feed_forward_length"),
+        "num_layers": meta.get(f"{arch}.block_count"),
+        "num_attention_heads": heads,
+        "multi_query_group_num": meta.get(f"{arch}.attention.head_count_kv") or heads,
+        "kv_channels": size,
+        "seq_length": meta.get(f"{arch}.context_length"),
+        "layernorm_epsilon": _tidy(meta.get(f"{arch}.attention.layer_norm_rms_epsilon")),
+        "add_qkv_bias": any(f"blk.0.attn_{part}.bias" in source.infos for part in ("qkv", "q")),
+        "rope_ratio": int(ratio) if ratio == int(ratio) else ratio,
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
 def _rope_scaling(arch: object, meta: Mapping[str, Any], source: TensorSource) -> dict[str, Any] | None:
+    ours = meta.get("hanlin.rope.scaling.type")
+    if ours is not None:  # what GGUF has no words for
+        prefix = "hanlin.rope.scaling."
+        numbers = {key.removeprefix(prefix): _tidy(value) for key, value in meta.items() if key.startswith(prefix)}
+        return {"rope_type" if key == "type" else key: value for key, value in numbers.items()}
     if "rope_freqs.weight" in source.infos:
         raise ConfigError(
             f"{source.path}: stores per-dimension RoPE factors (rope_freqs.weight), which only the original checkpoint "

@@ -17,7 +17,8 @@ from hanlin.models.config import DecoderConfig
 __all__ = ["IGNORED", "Recipe", "plain", "recipes"]
 
 # Tables that old converters stored beside the weights; they are computed here.
-IGNORED = re.compile(r"(^|\.)rotary_(emb|pos_emb)\.(inv_freq|cos_cached|sin_cached)$")
+# A GGUF file's table is only there beside the numbers that it is computed from; otherwise the file is refused.
+IGNORED = re.compile(r"(^|\.)rotary_(emb|pos_emb)\.(inv_freq|cos_cached|sin_cached)$|^rope_freqs\.weight$")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""`hanlin convert`: a model directory in another layout, written whole or not at all."""
+"""`hanlin convert`: a model in another layout or file format, written whole or not at all."""
 
 from __future__ import annotations
 
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,27 +19,89 @@ class Format(str, Enum):
     hf = "hf"
     llama = "llama"
     internlm2 = "internlm2"
+    gguf = "gguf"
+    internevo = "internevo"
+
+
+class Outtype(str, Enum):
+    auto = "auto"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+    q4_1 = "q4_1"
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory, or a name.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is not there yet.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory, a .gguf file, or a name.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A directory or file that is not there yet.")],
     to: Annotated[Format, typer.Option("--to", help="The layout; hf keeps the family and writes safetensors.")],
+    outtype: Annotated[
+        Outtype,
+        typer.Option("--outtype", help="What matrices are stored in; auto: as they are, and float32 out of blocks."),
+    ] = Outtype.auto,
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", min=1, help="Keep so many rows of embedding and head.")
     ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.model, or a directory with one, where SRC has none.")
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="internevo: ranks that share a layer.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", min=1, help="internevo: stages of the pipeline.")] = 1,
+    adapt_hf: Annotated[
+        bool, typer.Option("--adapt-hf/--no-adapt-hf", help="internevo: rotary pairs in halves, or side by side.")
+    ] = True,
 ) -> None:
-    """Write a model in another layout: InternLM2 as Llama, Llama as InternLM2, exactly. Read again and compared."""
+    """Write a model in another layout or as a GGUF file. Read again and compared before it counts.
+
+    Interrupted, the same command goes on where it stopped.
+    """
     location = hub.resolve(source)
     from hanlin.checkpoints.convert import convert as write
     from hanlin.cli.loading import show_loading
-    from hanlin.tokenizers import load_tokenizer
 
-    if location.path.is_dir() and vocab_size is not None:
-        known = load_tokenizer(location.path).vocab_size
-        if vocab_size < known:
-            raise ConfigError(f"--vocab-size {vocab_size}: the tokenizer of {location.id} has {known} tokens")
+    path, directory = location.path, location.path.is_dir()
+    wanted: dict[str, Any] = {"to": to.value, "outtype": outtype.value, "vocab_size": vocab_size}
+    wanted |= {"lent": tokenizer, "tp": tp, "pp": pp, "adapt_hf": adapt_hf}
+    if directory and (vocab_size is not None or to is Format.gguf):
+        wanted |= _of_directory(path, location.id, to, vocab_size)
+    elif not directory:
+        wanted |= _of_gguf(path, vocab_size)
     with show_loading() as progress:
-        write(location.path, target, to=to.value, vocab_size=vocab_size, progress=progress)
-    print(f"Wrote {target}; every tensor and the logits of a probe prompt are as in {location.id}.", file=sys.stderr)
+        write(path, target, progress=progress, **wanted)
+    print(f"Wrote {target}; {_said(to, outtype, directory)} {location.id}.", file=sys.stderr)
     print(target)
+
+
+def _of_directory(path: Path, name: str, to: Format, vocab_size: int | None) -> dict[str, Any]:
+    """The tokenizer as a GGUF file has it, once it is clear that no token loses its row."""
+    from hanlin.tokenizers import load_tokenizer
+    from hanlin.tokenizers.to_gguf import gguf_keys
+
+    tokenizer = load_tokenizer(path)
+    named = max((i for i, piece in enumerate(tokenizer.table.pieces) if piece), default=-1) + 1
+    if vocab_size is not None and vocab_size < named:
+        raise ConfigError(f"--vocab-size {vocab_size}: the tokenizer of {name} has {named} tokens")
+    return {"tokenizer": gguf_keys(tokenizer, name=name)} if to is Format.gguf else {}
+
+
+def _of_gguf(path: Path, vocab_size: int | None) -> dict[str, Any]:
+    """The tokenizer's files out of a GGUF file."""
+    from hanlin.checkpoints.source import open_source
+    from hanlin.tokenizers.gguf_files import gguf_to_files
+
+    with open_source(path) as source:
+        named = source.metadata.get("tokenizer.ggml.tokens") or ()
+        tokens = max((i for i, token in enumerate(named) if token != f"[PAD{i}]"), default=-1) + 1
+        if vocab_size is not None and vocab_size < tokens:
+            raise ConfigError(f"--vocab-size {vocab_size}: the tokenizer of {path} has {tokens} tokens")
+        return {"files": gguf_to_files(source.metadata, name=str(path))}
+
+
+def _said(to: Format, outtype: Outtype, directory: bool) -> str:
+    if to is Format.gguf and outtype is not Outtype.auto:
+        return f"every tensor, in {outtype.value} where it is a matrix, and the logits of a probe prompt follow"
+    if not directory:
+        return "every tensor, out of its blocks if it was in any, and the logits of a probe prompt are as in"
+    return "every tensor and the logits of a probe prompt are as in"

@@ -6,17 +6,18 @@ tokenizer.json of the models that it is named after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hanlin.errors import TokenizerError, problems
 from hanlin.tokenizers.base import BaseTokenizer, Specials, is_markup
+from hanlin.tokenizers.glm import ChatGLM2Tokenizer, GLM4Tokenizer
 from hanlin.tokenizers.hf import HFTokenizer
 from hanlin.tokenizers.spm import SentencePieceTokenizer, known_added
-from hanlin.tokenizers.spm_model import BPE, BYTE, CONTROL, MAX_PIECES, NORMAL, UNKNOWN, USER_DEFINED, SpmModel
+from hanlin.tokenizers.spm_model import BPE, BYTE, CONTROL, MAX_PIECES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SpmModel
 
-__all__ = ["from_gguf", "tokenizer_data"]
+__all__ = ["from_gguf", "is_glm", "pre_of", "tokenizer_data"]
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,9 +45,40 @@ def _words() -> dict[str, _Words]:
         **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), gpt2),
         **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), digits),
         **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), llama3),
-        **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _Words(patterns=(_LLAMA3,))),
+        **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _Words(patterns=(_LLAMA3,))),
+        "glm4": _Words(patterns=(_LLAMA3,), ignore_merges=True),
         "qwen2": _Words(patterns=(_QWEN2,), nfc=True),
     }
+
+
+def pre_of(rules: Mapping[str, Any], *, glm: bool) -> str | None:
+    """The name that llama.cpp has for how a `tokenizer.json` cuts text into words, if it has one.
+
+    `glm`: of GLM-4 and not of Llama 3, which cut alike but start differently.
+    """
+    pre, normalizer = rules.get("pre_tokenizer"), rules.get("normalizer")
+    steps = pre.get("pretokenizers") if isinstance(pre, Mapping) and pre.get("type") == "Sequence" else [pre]
+    patterns = [_pattern(step) for step in steps if isinstance(step, Mapping)] if isinstance(steps, list) else []
+    kind = normalizer.get("type") if isinstance(normalizer, Mapping) else None
+    cut = tuple(pattern for pattern in patterns if pattern)
+    if None in patterns or kind not in (None, "NFC"):
+        return None
+    ignore = bool(rules["model"].get("ignore_merges"))
+    names = ("gpt-2", "smollm", *(("glm4", "chatglm-bpe") if glm else ("llama-bpe", "dbrx")), "qwen2", "default")
+    fitting = [name for name in names if _words()[name].patterns == cut and _words()[name].ignore_merges == ignore]
+    return next(iter(fitting), None)
+
+
+def _pattern(step: Mapping[str, Any]) -> str | None:
+    """What a step of a pre-tokenizer cuts by; "" for nothing, None for what can't be said."""
+    kind, pattern = step.get("type"), step.get("pattern")
+    if kind == "Digits" and step.get("individual_digits"):
+        return r"\p{N}"
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return _GPT2 if step.get("use_regex", True) else ""
+    plain = kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert")
+    found = pattern.get("Regex") if plain and isinstance(pattern, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def from_gguf(metadata: Mapping[str, Any], *, name: str = "GGUF") -> BaseTokenizer:
@@ -61,8 +93,16 @@ def from_gguf(metadata: Mapping[str, Any], *, name: str = "GGUF") -> BaseTokeniz
     """
     made, specials, rows = tokenizer_data(metadata, name=name)
     if isinstance(made, SpmModel):
+        if is_glm(made.pieces):
+            return ChatGLM2Tokenizer(made, specials=specials, name=name)
         return SentencePieceTokenizer(made, added=known_added(made), specials=specials, name=name)
-    return HFTokenizer(made, specials=specials, rows=rows, name=name)
+    glm = is_glm(made["model"]["vocab"])
+    return (GLM4Tokenizer if glm else HFTokenizer)(made, specials=specials, rows=rows, name=name)
+
+
+def is_glm(pieces: Container[str]) -> bool:
+    """Whether these are the pieces of ChatGLM2 or a later one, which start every prompt in their own way."""
+    return "[gMASK]" in pieces and ("sop" in pieces or "<sop>" in pieces)
 
 
 def tokenizer_data(
@@ -93,8 +133,20 @@ def tokenizer_data(
     strange = sorted({kind for kind in kinds if not NORMAL <= kind <= BYTE})
     if strange:
         keys.found.append(f"tokenizer.ggml.token_type must be 1..6, not {strange[:8]}")
+    # llama.cpp wants each token once, so that converters name ids without a text.
+    unused = [i for i, kind in enumerate(kinds[: len(tokens)]) if kind == UNUSED and tokens[i] == f"[PAD{i}]"]
+    for i in unused:
+        tokens[i] = ""
     made, specials = builders[model](keys, tokens, kinds)
-    return made, specials, len(tokens)
+    return made, _glm_start(specials, tokens), len(tokens)
+
+
+def _glm_start(specials: Specials, tokens: list[str]) -> Specials:
+    """With the tokens that ChatGLM2 and later ones put before a bare prompt, if it is one of those."""
+    if not is_glm(tokens):
+        return specials
+    start = tokens.index("<sop>" if "<sop>" in tokens else "sop")
+    return replace(specials, prefix=(tokens.index("[gMASK]"), start), suffix=())
 
 
 class _Keys:
@@ -171,7 +223,8 @@ def _byte_level(keys: _Keys, tokens: list[str], kinds: list[int]) -> tuple[dict[
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         # A token that stands twice has its first id; the other, which no text can mean, decodes to nothing.
-        ids.setdefault(token, i)
+        if token:
+            ids.setdefault(token, i)
     for merge in merges:
         left, space, right = merge.partition(" ")
         if not space or left not in ids or right not in ids or left + right not in ids:
@@ -235,8 +288,10 @@ def _sentencepiece(keys: _Keys, tokens: list[str], kinds: list[int]) -> tuple[Sp
 
 
 def _restored(tokens: Sequence[str]) -> list[str]:
-    """InternLM2's pieces as they were: llama.cpp's converter writes the NUL piece as a dragon, for C's sake."""
+    """Pieces as they were: llama.cpp's converter writes InternLM2's NUL as a dragon, and renames ChatGLM3's ends."""
     pieces = list(tokens)
+    if is_glm(pieces) and pieces[1:3] == ["<bos>", "<eos>"]:
+        pieces[1:3] = ["<s>", "</s>"]
     if "🐉" in pieces:
         place = pieces.index("🐉")
         if pieces[place + 1 : place + 3] == ["\x01", "\x02"]:

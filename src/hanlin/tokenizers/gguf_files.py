@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hanlin.tokenizers.base import Specials
-from hanlin.tokenizers.gguf import tokenizer_data
+from hanlin.tokenizers.gguf import is_glm, tokenizer_data
+from hanlin.tokenizers.glm import ROLES
+from hanlin.tokenizers.hf import byte_alphabet
 from hanlin.tokenizers.spm_model import SpmModel
 
 __all__ = ["gguf_to_files"]
@@ -27,6 +31,11 @@ def gguf_to_files(metadata: Mapping[str, Any], *, name: str = "GGUF") -> dict[st
         "model_max_length": 10**30,
     }
     files: dict[str, bytes] = {}
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    if _glm(made):
+        return _glm_files(made, config)
     if isinstance(made, SpmModel):
         files["tokenizer.model"] = made.serialize()
         pieces = dict(enumerate(made.pieces))
@@ -43,11 +52,29 @@ def gguf_to_files(metadata: Mapping[str, Any], *, name: str = "GGUF") -> dict[st
         }
     roles = {"bos": specials.bos, "eos": specials.eos, "unk": specials.unk, "pad": specials.pad}
     config |= {f"{role}_token": pieces[i] for role, i in roles.items() if i is not None and 0 <= i < rows}
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        config["chat_template"] = template
     files["tokenizer_config.json"] = _json(config)
     return files
+
+
+def _glm(made: SpmModel | dict[str, Any]) -> bool:
+    return is_glm(made.pieces if isinstance(made, SpmModel) else made["model"]["vocab"])
+
+
+def _glm_files(made: SpmModel | dict[str, Any], config: dict[str, Any]) -> dict[str, bytes]:
+    """ChatGLM2's and later ones' `tokenizer.model`, without the special tokens that their classes add themselves."""
+    config = {key: value for key, value in config.items() if not key.startswith("add_")}
+    if isinstance(made, SpmModel):
+        pieces, count = made.pieces, made.pieces.index("[MASK]")
+        own = replace(made, pieces=pieces[:count], scores=made.scores[:count], kinds=made.kinds[:count])
+        data = own.serialize()
+        config |= {"tokenizer_class": "ChatGLMTokenizer", "roles": ROLES[1] in pieces}
+    else:
+        alphabet, ids = byte_alphabet(), made["model"]["vocab"]
+        ranks = sorted((i, piece) for piece, i in ids.items() if i < ids["<|endoftext|>"])
+        tokens = (bytes(alphabet[letter] for letter in piece) for _, piece in ranks)
+        data = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+        config |= {"tokenizer_class": "ChatGLM4Tokenizer"}
+    return {"tokenizer.model": data, "tokenizer_config.json": _json(config)}
 
 
 def _around(specials: Specials, pieces: Mapping[int, str]) -> dict[str, Any] | None:

@@ -79,6 +79,11 @@ class HFTokenizer(BaseTokenizer):
         specials = specials or Specials(prefix=content.prefix, suffix=content.suffix)
         super().__init__(table, specials, {text: i for i, text in added.items()})
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The `tokenizer.json` that text is cut by."""
+        return dict(json.loads(self._source))
+
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         tokenizer = self._parsing if parse_special else self._plain
         with _library(RequestError, "the text cannot be tokenized"):

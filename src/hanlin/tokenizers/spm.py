@@ -110,6 +110,11 @@ class SentencePieceTokenizer(BaseTokenizer):
         )
         super().__init__(table, specials or _roles(model), parsed)
 
+    @property
+    def model(self) -> SpmModel:
+        """The pieces as text can reach them, and the settings."""
+        return self._model
+
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         if not parse_special:
             return self._encode_plain(text)
