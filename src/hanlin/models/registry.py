@@ -76,6 +76,7 @@ FAMILIES: Mapping[str, Family] = {
         module="hanlin.models.chatglm2",
         cls="ChatGLM2ForConditionalGeneration",
         released="ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B and their long variants, as first released",
+        gguf=("chatglm",),
         chat="`[Round i]` turns; ChatGLM3's and GLM-4's roles with tools and interpreter",
         transformers="`hanlin.hf`",
     ),
