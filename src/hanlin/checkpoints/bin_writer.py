@@ -90,7 +90,7 @@ class BinWriter:
         self.ready += 1
 
     def close(self) -> None:
-        """Write the table of contents, when all tensors are there."""
+        """Write the table of contents, if all tensors are there, and close the file."""
         if self.ready == len(self.plan) and len(self._file.notes) == self.ready + 3:
             self._file.write([_table(self._entries, self._file.end)])
         self._file.close()

@@ -84,16 +84,18 @@ class InternEvoTarget(DirectoryTarget):
                 )
                 for rank, mine in enumerate(shapes)
             ]
-            for number, name in enumerate(names):
-                if any(writer.ready <= number for writer in writers):
-                    values = self._values(name)
-                    for rank, writer in enumerate(writers):
-                        if writer.ready <= number:
-                            writer.write(self._cut(name, values, rank))
-                done += sum(mine[number].nbytes for mine in shapes)
-                progress(min(done, total // 2), total)
-            for writer in writers:
-                writer.close()
+            try:
+                for number, name in enumerate(names):
+                    if any(writer.ready <= number for writer in writers):
+                        values = self._values(name)
+                        for rank, writer in enumerate(writers):
+                            if writer.ready <= number:
+                                writer.write(self._cut(name, values, rank))
+                    done += sum(mine[number].nbytes for mine in shapes)
+                    progress(min(done, total // 2), total)
+            finally:
+                for writer in writers:
+                    writer.close()
         (path / CONFIGURATION).unlink(missing_ok=True)
         save_values(path / CONFIGURATION, self._arguments(shapes[0][0].dtype))
 
