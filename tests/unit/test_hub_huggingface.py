@@ -6,14 +6,17 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from hub_fakes import FakeHub, HubFaults, Repository
+from hub_servers import Storage
 
 from hanlin import hub
 from hanlin.errors import DownloadError, ModelNotFoundError
-from hanlin.hub import Places, Report, huggingface
+from hanlin.hub import Places, Report, files, huggingface
+from hanlin.hub.names import HubId
 
 WEIGHTS = bytes(range(256)) * 300
 SHARDS = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 5000 for n in (1, 2)}
@@ -81,15 +84,15 @@ def test_only_data_files_are_fetched_and_found_again_offline(cache: Path) -> Non
 
 
 def test_bin_files_only_where_there_is_no_safetensors() -> None:
-    assert huggingface.choose(["config.json", "pytorch_model.bin", "model.safetensors"]) == [
+    assert files.choose(["config.json", "pytorch_model.bin", "model.safetensors"]) == [
         "config.json",
         "model.safetensors",
     ]
-    assert "pytorch_model.bin" in huggingface.choose(["config.json", "pytorch_model.bin", "training_args.bin"])
-    assert "training_args.bin" not in huggingface.choose(["config.json", "pytorch_model.bin", "training_args.bin"])
+    assert "pytorch_model.bin" in files.choose(["config.json", "pytorch_model.bin", "training_args.bin"])
+    assert "training_args.bin" not in files.choose(["config.json", "pytorch_model.bin", "training_args.bin"])
     chatglm = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
     listed = ["config.json", "ice_text.model", "pytorch_model.bin.index.json", "quantization.py", *chatglm]
-    assert huggingface.choose(listed) == sorted(name for name in listed if not name.endswith(".py"))
+    assert files.choose(listed) == sorted(name for name in listed if not name.endswith(".py"))
 
 
 def test_a_repository_without_weights_is_refused(cache: Path) -> None:
@@ -137,8 +140,8 @@ def test_an_unknown_tag_lists_the_known(cache: Path) -> None:
 
 
 def test_a_tag_does_not_match_half_a_name() -> None:
-    assert huggingface.choose(["m-IQ4_K_M.gguf", "m-Q4_K.gguf"], "Q4_K_M") == []
-    assert huggingface.choose(["m-UD-Q4_K_XL.gguf", "m-Q4_K_XL.gguf"], "Q4_K_XL")[0] in (
+    assert files.choose(["m-IQ4_K_M.gguf", "m-Q4_K.gguf"], "Q4_K_M") == []
+    assert files.choose(["m-UD-Q4_K_XL.gguf", "m-Q4_K_XL.gguf"], "Q4_K_XL")[0] in (
         "m-Q4_K_XL.gguf",
         "m-UD-Q4_K_XL.gguf",
     )
@@ -202,7 +205,7 @@ def test_other_content_than_the_hub_lists_is_deleted_and_the_next_try_mends_it(c
         with pytest.raises(DownloadError) as caught:
             pull(REPO, places)
         assert shard in str(caught.value) and "config.json" in str(caught.value)
-        assert huggingface.find(huggingface.HubId(REPO), places) is None
+        assert huggingface.find(HubId(REPO), places) is None
         faults.wrong.clear()
         assert (pull(REPO, places).path / shard).read_bytes() == MODEL[shard]
 
@@ -212,7 +215,7 @@ def test_a_wrong_etag_does_not_hide_wrong_content(cache: Path) -> None:
     evil = b"\xee" * len(WEIGHTS)
     faults = HubFaults(wrong={"model.safetensors": evil}, etag={"model.safetensors": "e" * 64})
     files = {"config.json": b"{}", "model.safetensors": WEIGHTS}
-    refused = pytest.raises(DownloadError, match=r"model\.safetensors has the hash")
+    refused = pytest.raises(DownloadError, match=r"model\.safetensors has another length or hash")
     with serving(files, cache, faults) as (_, places), refused:
         pull(REPO, places)
     assert evil not in {path.read_bytes() for path in cache.rglob("*") if path.is_file()}
@@ -225,7 +228,7 @@ def test_a_body_cut_short_is_not_kept(cache: Path) -> None:
     with serving(files, cache, faults) as (_, places):
         with pytest.raises(DownloadError):
             pull(REPO, places)
-        assert huggingface.find(huggingface.HubId(REPO), places) is None
+        assert huggingface.find(HubId(REPO), places) is None
         faults.cut.clear()
         assert (pull(REPO, places).path / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -266,7 +269,7 @@ def test_a_broken_index_is_an_incomplete_model_not_a_crash(tmp_path: Path, index
     for name, data in {**MODEL, "model.safetensors.index.json": index}.items():
         if "/" not in name:
             (tmp_path / name).write_bytes(data)
-    assert not huggingface.complete(tmp_path)
+    assert not files.complete(tmp_path)
 
 
 def test_what_is_fetched_is_said(cache: Path) -> None:
@@ -274,3 +277,48 @@ def test_what_is_fetched_is_said(cache: Path) -> None:
     with serving(MODEL, cache) as (_, places):
         hub.pull(REPO, places=places, report=Report(stream))
     assert "someone/model: 10 files, 10 kB, licence apache-2.0." in stream.getvalue()
+
+
+def test_a_revision_patterns_and_offline(cache: Path) -> None:
+    with serving(MODEL, cache) as (server, places):
+        found = hub.pull(REPO, revision="a" * 40, include=["*.json"], places=places, report=Report(None))
+        assert names(found.path) == {name for name in MODEL if name.endswith(".json")}
+        assert any(f"revision/{'a' * 40}" in path for path in server.requested)
+        with pytest.raises(DownloadError, match=r"modeling_internlm2\.py"):
+            hub.pull(REPO, include=["*.py"], places=places, report=Report(None))
+        whole = pull(f"{REPO}@{'a' * 40}", places)
+        assert hub.resolve(f"hf:{REPO}@{'a' * 40}", places=offline(places), report=Report(None)).path == whole.path
+        with pytest.raises(ModelNotFoundError):
+            hub.resolve(f"{REPO}@v2", fetch=False, places=places, report=Report(None))
+        silent = Places(home=places.home, hub_cache=cache / "new", endpoint=server.url, offline=True)
+        with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):
+            pull(REPO, silent)
+
+
+def test_the_token_is_not_carried_to_another_host(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with Storage() as storage:
+
+        class Redirecting(FakeHub):
+            def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+                tokens.append(request.headers.get("Authorization"))
+                super().answer(request, body=body)
+
+            def send(
+                self, request: BaseHTTPRequestHandler, status: int, data: bytes, headers=None, *, body: bool
+            ) -> None:  # type: ignore[no-untyped-def,override]
+                if "model.safetensors" in request.path and status == 200 and headers:
+                    linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
+                    away = {**headers, **linked, "Location": f"{storage.url}/model.safetensors"}
+                    super().send(request, 302, b"", away, body=body)
+                    return
+                super().send(request, status, data, headers, body=body)
+
+        tokens: list[str | None] = []
+        storage.files["model.safetensors"] = WEIGHTS
+        files = {"config.json": b"{}", "model.safetensors": WEIGHTS}
+        with Redirecting({REPO: Repository(files)}) as server:
+            places = Places(home=cache.parent / "home", hub_cache=cache, endpoint=server.url)
+            assert (pull(REPO, places).path / "model.safetensors").read_bytes() == WEIGHTS
+        assert "Bearer hf_secret" in tokens
+        assert storage.asked and not any("hf_secret" in str(asked) for asked in storage.asked)

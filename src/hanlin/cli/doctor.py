@@ -267,13 +267,15 @@ def _hub(places: hub.Places) -> Iterator[Check]:
 
     from huggingface_hub import constants
 
-    address = places.endpoint or constants.ENDPOINT
-    request = urllib.request.Request(f"{address}/api/models?limit=1", headers={"User-Agent": f"hanlin/{__version__}"})
+    address, variable, path = places.endpoint or constants.ENDPOINT, "HF_ENDPOINT", "/api/models?limit=1"
+    if places.hub == "ms":
+        address, variable, path = places.modelscope, "MODELSCOPE_ENDPOINT", "/"
+    request = urllib.request.Request(f"{address}{path}", headers={"User-Agent": f"hanlin/{__version__}"})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             yield Check("hub", "ok", f"{address} answers with HTTP {answer.status}")
     except urllib.error.HTTPError as error:
-        yield Check("hub", "warn", f"{address} answers with HTTP {error.code}", "Try later, or another HF_ENDPOINT.")
+        yield Check("hub", "warn", f"{address} answers with HTTP {error.code}", f"Try later, or another {variable}.")
     except (OSError, ValueError) as error:
-        remedy = "Check the network and the proxy, or set HF_ENDPOINT to a mirror."
+        remedy = f"Check the network and the proxy, or set {variable} to a mirror."
         yield Check("hub", "warn", f"{address} cannot be reached: {error}", remedy)

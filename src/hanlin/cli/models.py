@@ -27,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 
 def list_models(as_json: AsJson = False) -> None:
-    """List the models on this disk: Hanlin's own, and those in the cache shared with huggingface_hub."""
+    """List the models on this disk: Hanlin's own, and those in the caches of huggingface_hub and ModelScope."""
     entries = hub.cached()
     if as_json:
         print(json.dumps([_plain(entry) for entry in entries], indent=2))
@@ -72,11 +72,20 @@ def _ago(moment: datetime) -> str:
 def pull(
     model: Annotated[
         str | None,
-        typer.Argument(help="org/name, org/name:Q4_K_M for one GGUF file, or a short name.", show_default="smollm2"),
+        typer.Argument(
+            help="org/name, org/name:Q4_K_M for one GGUF file, or a short name; after hf:, ms: (ModelScope) or ox: "
+            "(OpenXLab), from that hub.",
+            show_default="smollm2",
+        ),
     ] = None,
+    revision: Annotated[str, typer.Option(help="A branch, tag or commit; also as org/name@REVISION.")] = "",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only data files that match this pattern; may be given again.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No files that match this; may be given again.")] = None,
 ) -> None:
     """Fetch a model's data files and check their hashes. Run again, it fetches only what is missing or new."""
-    print(hub.pull(model).path)
+    print(hub.pull(model, revision=revision, include=include or (), exclude=exclude or ()).path)
 
 
 def rm(

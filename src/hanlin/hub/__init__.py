@@ -1,4 +1,4 @@
-"""Find and fetch models: local paths, GGUF files, the Hugging Face Hub, and the default model."""
+"""Find and fetch models: local paths, GGUF files, the Hugging Face Hub, ModelScope, OpenXLab, and the default model."""
 
 from hanlin.hub.default import SMOLLM2 as DEFAULT
 from hanlin.hub.places import Places

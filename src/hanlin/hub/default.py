@@ -21,6 +21,7 @@ from typing import IO
 
 from hanlin.errors import DownloadError
 from hanlin.hub import index
+from hanlin.hub.locks import lock
 from hanlin.hub.names import DEFAULT
 from hanlin.hub.places import Places
 from hanlin.hub.report import Report, megabytes
@@ -101,7 +102,7 @@ def fetch(model: WheelModel, *, places: Places, report: Report, using: index.Cli
         return target
     installed = _installed(model)
     try:
-        with _lock(model, places, report):
+        with lock(places.home / "locks", model.id, model.title, report):
             if present(target, model):
                 return target
             report.say(f"The default model is {model.title} ({model.licence}, {model.source}).")
@@ -142,30 +143,6 @@ def _installed(model: WheelModel) -> Path | None:
         return path if present(path, model) and matches(path, model.sha256) else None
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
-
-
-@contextmanager
-def _lock(model: WheelModel, places: Places, report: Report) -> Iterator[None]:
-    """One process at a time. The system releases the lock with its holder, however that ends."""
-    from filelock import FileLock, Timeout
-
-    directory = places.home / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / f"{model.id}.lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            report.say(f"Another process is fetching {model.title}; waiting for it.")
-            lock.acquire(poll_interval=0.1)
-    except NotImplementedError as error:
-        raise DownloadError(
-            f"{directory} is on a file system without locks.\nSet HANLIN_HOME to a directory on a local disk."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hanlin.errors import ConfigError, DownloadError, ModelNotFoundError
-from hanlin.hub import default, huggingface, names
+from hanlin.hub import default, huggingface, modelscope, names, openxlab
+from hanlin.hub.files import complete
 from hanlin.hub.places import Places, expand, look
 
 __all__ = ["Entry", "cached", "lookup", "remove"]
@@ -23,7 +24,7 @@ class Entry:
     """A model in a cache.
 
     Attributes:
-        id: what `resolve` and `remove` take.
+        id: what `resolve` and `remove` take; `ms:` and `ox:` before those of other hubs than Hugging Face's.
         path: its directory.
         size: bytes on disk, all revisions together.
         kind: "gguf", "safetensors", "bin", or "" when there are no weights (yet).
@@ -40,17 +41,17 @@ class Entry:
 
 
 def cached(*, places: Places | None = None) -> list[Entry]:
-    """Every model in Hanlin's cache and in the one of `huggingface_hub`: the default first, then by name."""
+    """Every model in Hanlin's own cache and in those of `huggingface_hub` and ModelScope: the default first, then by
+    hub and name."""
     places = places or Places.default()
     own = _entry(default.SMOLLM2.id, default.location(default.SMOLLM2, places).parent, complete=True)
     return [entry for entry in (own, *_hub_entries(places)) if entry is not None]
 
 
 def _hub_entries(places: Places) -> Iterator[Entry | None]:
-    for folder in sorted(places.hub_cache.glob("models--*"), key=lambda path: path.name.lower()):
-        repo = folder.name.removeprefix("models--").replace("--", "/")
-        whole = any(huggingface.complete(snapshot) for snapshot in huggingface.snapshots(repo, places))
-        yield _entry(repo, folder, complete=whole)
+    for prefix, hub in (("", huggingface), ("ms:", modelscope), ("ox:", openxlab)):
+        for repo, folder, revisions in hub.repositories(places):
+            yield _entry(f"{prefix}{repo}", folder, complete=any(complete(revision) for revision in revisions))
 
 
 def _entry(model_id: str, folder: Path, *, complete: bool) -> Entry | None:
@@ -81,9 +82,7 @@ def remove(model: str, *, places: Places | None = None) -> Entry:
     """
     places = places or Places.default()
     entry = lookup(model, places=places)
-    roots = (places.models(), places.hub_cache)
-    outside = entry.path.is_symlink() or entry.path.resolve().parent not in [root.resolve() for root in roots]
-    if outside:
+    if _leads_out(entry.path, places):
         raise ConfigError(f"{entry.path} leads out of the cache; delete it yourself if you want it gone.")
     try:
         _delete(entry, places)
@@ -92,23 +91,42 @@ def remove(model: str, *, places: Places | None = None) -> Entry:
     return entry
 
 
+def _leads_out(path: Path, places: Places) -> bool:
+    """Whether a link stands between the caches and a directory of theirs."""
+    for root in (places.models(), places.hub_cache, places.of_modelscope(), places.of_openxlab()):
+        if path.is_relative_to(root) and path != root:
+            return path.resolve() != root.resolve() / path.relative_to(root)
+    return True
+
+
 def lookup(model: str, *, places: Places | None = None) -> Entry:
     """The cache entry that `model` names: the default, a hub id under any of its organisation's names, or a short name.
 
     Raises:
         ModelNotFoundError: it is not in a cache; names those that are.
-        ConfigError: it is a path, not the name of a cached model.
+        ConfigError: it is a path, not the name of a cached model; or one revision of it.
     """
-    entries = {entry.id.lower(): entry for entry in cached(places=places or Places.default())}
-    wanted = names.parse(model) or names.short(model)
-    repos = names.equivalents(wanted.repo) if wanted else (names.DEFAULT,) if names.is_default(model) else (model,)
-    for repo in repos:
-        if repo.lower() in entries:
-            return entries[repo.lower()]
+    # Where a model is there twice, in directories of an earlier client, the first is the one that is used.
+    entries = {entry.id.lower(): entry for entry in reversed(cached(places=places or Places.default()))}
+    for name in _ids(model):
+        if name.lower() in entries:
+            return entries[name.lower()]
     if look(expand(model)):
         raise ConfigError(f"{model} is a path, not a model in the cache; delete it yourself if you want it gone.")
     have = ", ".join(entry.id for entry in entries.values()) or "nothing"
     raise ModelNotFoundError(f"no model {model!r} in the cache. It holds: {have}.")
+
+
+def _ids(model: str) -> list[str]:
+    """The ids that a cached model of that name may have."""
+    wanted = names.parse(model) or names.short(model)
+    if wanted is None:
+        return [names.DEFAULT if names.is_default(model) else model]
+    if wanted.revision:
+        raise ConfigError(f"a model's revisions belong together: name it without @{wanted.revision}.")
+    repos = dict.fromkeys((*names.candidates(wanted), *names.equivalents(wanted.repo)))
+    hubs = (wanted.hub,) if wanted.hub else ("hf", "ms", "ox")
+    return [repo if hub == "hf" else f"{hub}:{repo}" for hub in hubs for repo in repos]
 
 
 def _delete(entry: Entry, places: Places) -> None:
