@@ -13,6 +13,7 @@ from hanlin.errors import ConfigError, problems
 __all__ = ["EngineConfig"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("hf", "gguf", "awq", "gptq", "compressed-tensors")
 WEIGHTS = ("auto", "float32", "bfloat16", "int8", "int4")
 RUNNERS = ("auto", "native", "torch")
 
@@ -51,7 +52,7 @@ class EngineConfig:
         threads: CPU threads; None leaves it to torch.
         ptuning_checkpoint: a directory that P-Tuning v2 wrote (`pytorch_model.bin`), whose soft prefix the model gets.
         tp, use_logn_attn: must be 1 and False for now.
-        model_format: None, "hf" or "gguf"; the files tell.
+        model_format: as LMDeploy names it (hf, gguf, awq, gptq, compressed-tensors); the files tell.
 
     Raises:
         ConfigError: naming every impossible value at once.
@@ -129,8 +130,8 @@ class EngineConfig:
         for name, only in (("tp", 1), ("use_logn_attn", False)):
             if getattr(self, name) != only:
                 found.append(f"{name} = {getattr(self, name)!r} is not supported, only {only!r}")
-        if self.model_format not in (None, "hf", "gguf"):
-            found.append(f"model_format {self.model_format!r} cannot be read, only 'hf' and 'gguf'")
+        if self.model_format not in (None, *FORMATS):
+            found.append(f"model_format {self.model_format!r} cannot be read, only {', '.join(FORMATS)}")
         if found:
             raise ConfigError(problems("engine options", found))
 

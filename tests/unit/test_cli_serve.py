@@ -45,12 +45,15 @@ VLLM = (
     "--model internlm/internlm2_5-7b-chat --served-model-name a b --host 0.0.0.0 --port 9 --api-key k1 k2 "
     "--tensor-parallel-size 1 --max-model-len 512 --max-num-seqs 7 --max-num-batched-tokens 300 --dtype bfloat16 "
     "--kv-cache-dtype int8 --enable-lora --lora-modules x=/x y=/y --trust-remote-code --enforce-eager "
-    "--enable-auto-tool-choice --tool-call-parser internlm --no-enable-prefix-caching --max-num-queued-reqs 3"
+    "--enable-auto-tool-choice --tool-call-parser internlm --no-enable-prefix-caching --max-num-queued-reqs 3 "
+    "--gpu-memory-utilization 0.92 --quantization awq --chat-template internlm2 --generation-config vllm "
+    "--uvicorn-log-level warning --max-logprobs 5 --disable-log-requests"
 )
 LMDEPLOY = (
     "api_server internlm/internlm2_5-7b-chat --model-name a --server-name 0.0.0.0 --server-port 9 --api-keys k1 k2 "
     "--tp 1 --session-len 512 --max-batch-size 7 --max-prefill-token-num 300 --dtype bfloat16 --quant-policy 8 "
-    "--adapters x=/x y=/y --tool-call-parser internlm --backend turbomind --model-format hf --cache-max-entry-count 0.5"
+    "--adapters x=/x y=/y --tool-call-parser internlm --backend turbomind --model-format awq --enable-metrics "
+    "--cache-max-entry-count 0.5 --rope-scaling-factor 2.0 --chat-template internlm2 --log-level WARNING --proxy-url x"
 )
 
 
@@ -64,6 +67,31 @@ def test_other_servers_command_lines_mean_the_same(parsed: Any, words: str) -> N
     assert dict(spec.adapters) == {"x": "/x", "y": "/y"}
     expected = {"session_len": 512, "max_batch_size": 7, "max_prefill_token_num": 300, "dtype": "bfloat16", "tp": 1}
     assert expected.items() <= dict(spec.options).items()
+
+
+@pytest.mark.parametrize(("word", "meant"), [("half", "float16"), ("float", "float32"), ("auto", "auto")])
+def test_types_by_vllms_names(parsed: Any, word: str, meant: str) -> None:
+    assert parsed("--dtype", word).models[0].options["dtype"] == meant
+
+
+def test_tls_as_lmdeploy_asks_for_it(
+    parsed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("certfile", "keyfile"):
+        (tmp_path / name).write_text("x")
+        monkeypatch.setenv(f"SSL_{name.upper()}", str(tmp_path / name))
+    config = parsed("--ssl")
+    assert (config.certificate, config.private_key) == (tmp_path / "certfile", tmp_path / "keyfile")
+    assert parsed().certificate is None
+    monkeypatch.delenv("SSL_KEYFILE")
+    with pytest.raises(SystemExit):
+        main_module.main(["serve", "--ssl"])
+    assert "SSL_KEYFILE" in capsys.readouterr().err
+
+
+def test_vllms_key_is_a_key(parsed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert parsed("--host", "0.0.0.0").keys.find("secret")
 
 
 def test_what_has_no_effect_is_said(parsed: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "chat": Verb("hanlin.cli.chat:chat", "Chat with a model, or ask it one thing.", "Use a model"),
         "run": Verb("hanlin.cli.chat:chat", "The same as chat.", "Use a model"),
         "serve": Verb("hanlin.cli.serve:serve", "Serve models over HTTP.", "Use a model"),
+        "ps": Verb("hanlin.cli.remote:ps", "List the models that a server has in memory.", "Use a model"),
+        "stop": Verb("hanlin.cli.remote:stop", "Have a server unload a model.", "Use a model"),
         "batch": Verb("hanlin.cli.batch:batch", "Answer a file of requests.", "Use a model"),
         "list": Verb("hanlin.cli.models:list_models", "List the models on this disk."),
         "show": Verb("hanlin.cli.models:show", "Show what a model is: family, size, context, licence."),

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hanlin.cli.loading import show_loading
-from hanlin.cli.serve_flags import ListFlags, adapters_of, model_of, note_ignored, seconds_of, size_of, template_of
+from hanlin.cli.serve_flags import (
+    ListFlags,
+    adapters_of,
+    certificates_of,
+    model_of,
+    note_ignored,
+    seconds_of,
+    size_of,
+    template_of,
+    type_of,
+)
 from hanlin.errors import ConfigError, problems
 
 if TYPE_CHECKING:
@@ -63,6 +73,9 @@ def serve(
     ] = 8000,
     certificate: Annotated[Path | None, typer.Option("--ssl-certfile", help="For TLS.", rich_help_panel=_WHERE)] = None,
     private_key: Annotated[Path | None, typer.Option("--ssl-keyfile", help="For TLS.", rich_help_panel=_WHERE)] = None,
+    tls: Annotated[
+        bool, typer.Option("--ssl", help="TLS with SSL_CERTFILE and SSL_KEYFILE.", rich_help_panel=_WHERE)
+    ] = False,
     api_keys: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,6 +162,9 @@ def serve(
     completions: Annotated[
         Whole, typer.Option("--max-completions", help="Of one request: prompts times n.", rich_help_panel=_LIMITS)
     ] = None,
+    top_logprobs: Annotated[
+        Whole, typer.Option("--max-logprobs", help="Alternatives beside each token.", rich_help_panel=_LIMITS)
+    ] = None,
     request_timeout: Annotated[Text, typer.Option(help="Of one request, like 10m.", rich_help_panel=_LIMITS)] = None,
     drain_timeout: Annotated[Text, typer.Option(help="Of running requests at exit.", rich_help_panel=_LIMITS)] = None,
     legacy_chatglm: Annotated[
@@ -185,6 +201,16 @@ def serve(
             "--max-loras",
             "--uvicorn-log-level",
             "--distributed-executor-backend",
+            "--guided-decoding-backend",
+            "--structured-outputs-config",
+            "--logprobs-mode",
+            "--communicator",
+            "--proxy-url",
+            "--vision-max-batch-size",
+            "--response-role",
+            "--runner",
+            "--task",
+            "--convert",
             help="Of no effect: the model's files say it, or there is nothing to choose.",
             rich_help_panel=_NONE,
         ),
@@ -201,6 +227,14 @@ def serve(
             "--disable-log-requests",
             "--disable-log-stats",
             "--enable-request-id-headers",
+            "--enable-metrics",
+            "--enable-prompt-tokens-details",
+            "--enable-server-load-tracking",
+            "--enable-abort-handling",
+            "--allow-terminate-by-client",
+            "--disable-fastapi-docs",
+            "--disable-uvicorn-access-log",
+            "--disable-frontend-multiprocessing",
             help="Of no effect: always so here, or never. No model's code is ever run.",
             rich_help_panel=_NONE,
         ),
@@ -227,7 +261,7 @@ def serve(
         weights = weights or quantization
     template, system = read(template_of, chat_template) or (None, None)
     options = {
-        "dtype": dtype,
+        "dtype": type_of(dtype),
         "device": device,
         "weights": weights,
         "kv_cache": kv_cache,
@@ -255,12 +289,18 @@ def serve(
         "prompt_tokens": max_prompt_tokens,
         "max_tokens": max_reply_tokens,
         "completions": completions,
+        "top_logprobs": top_logprobs,
         "request_seconds": read(seconds_of, request_timeout),
         "drain_seconds": read(seconds_of, drain_timeout),
     }
     chosen = {key: value for key, value in options.items() if value is not None}
     adapter_paths = read(adapters_of, "\n".join(adapters or [])) or {}
     budget, alive = read(size_of, memory_budget), read(seconds_of, keep_alive)
+    if tls:
+        try:
+            certificate, private_key = certificates_of(certificate, private_key, os.environ)
+        except ConfigError as error:
+            found.append(str(error))
     if found:
         raise ConfigError(problems("options", found))
     from hanlin.options import EngineConfig

@@ -16,7 +16,17 @@ from hanlin.errors import ConfigError, problems
 if TYPE_CHECKING:
     from hanlin.serve.settings import ModelSpec
 
-__all__ = ["ListFlags", "adapters_of", "model_of", "note_ignored", "seconds_of", "size_of", "template_of"]
+__all__ = [
+    "ListFlags",
+    "adapters_of",
+    "certificates_of",
+    "model_of",
+    "note_ignored",
+    "seconds_of",
+    "size_of",
+    "template_of",
+    "type_of",
+]
 
 _LISTS = (
     "--adapters",
@@ -29,6 +39,8 @@ _LISTS = (
     "--allowed-origins",
     "--allow-origins",
 )
+# vLLM's other words for types.
+_TYPES = {"half": "float16", "float": "float32"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -82,6 +94,31 @@ def seconds_of(text: str) -> float:
     if not match:
         raise ConfigError(f"{text!r} is no time: write like 90s or 5m")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def type_of(name: str | None) -> str | None:
+    """A type of numbers by its own name."""
+    return _TYPES.get(name, name) if name else None
+
+
+def certificates_of(
+    certificate: Path | None, private_key: Path | None, environment: Mapping[str, str]
+) -> tuple[Path | None, Path | None]:
+    """The files for TLS: those given, else those of SSL_CERTFILE and SSL_KEYFILE, as `lmdeploy --ssl` reads them.
+
+    Raises:
+        ConfigError: none are named; to serve without TLS is not what was asked for.
+    """
+    names = ("SSL_CERTFILE", "SSL_KEYFILE")
+    files = [
+        given or (Path(environment[name]) if environment.get(name) else None)
+        for given, name in zip((certificate, private_key), names, strict=True)
+    ]
+    if None in files:
+        raise ConfigError(
+            "--ssl needs SSL_CERTFILE and SSL_KEYFILE in the environment, or --ssl-certfile and --ssl-keyfile"
+        )
+    return files[0], files[1]
 
 
 def adapters_of(text: str) -> dict[str, str]:

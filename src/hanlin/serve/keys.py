@@ -54,7 +54,7 @@ class KeyRing:
     def read(
         cls, *, given: Iterable[str] = (), file: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> KeyRing:
-        """Keys given by hand, in a file, and in HANLIN_API_KEY / HANLIN_API_KEYS.
+        """Keys given by hand, in a file, and in HANLIN_API_KEY, HANLIN_API_KEYS or VLLM_API_KEY.
 
         A key is `secret` or `name:secret`; several in the environment stand between commas or spaces. A line of the
         file is `[name:]secret [requests per minute [tokens per minute]]`, `-` for no limit; `#` starts a comment.
@@ -84,7 +84,7 @@ class KeyRing:
 
         for number, text in enumerate(given, 1):
             add(f"key {number}", text, [])
-        for variable in ("HANLIN_API_KEY", "HANLIN_API_KEYS"):
+        for variable in ("HANLIN_API_KEY", "HANLIN_API_KEYS", "VLLM_API_KEY"):
             for text in re.split(r"[,\s]+", (environment or {}).get(variable, "")):
                 if text:
                     add(variable, text, [])
