@@ -13,6 +13,7 @@ from torch import nn
 
 from hanlin.adapters import Adapters
 from hanlin.checkpoints.load import Loaded, load_model
+from hanlin.checkpoints.packed import PackedSource
 from hanlin.checkpoints.source import TensorInfo, TensorSource
 from hanlin.engine.engine import Engine, EngineLimits
 from hanlin.engine.lowering import Lowering
@@ -22,7 +23,7 @@ from hanlin.engine.speculative import Drafter, ModelDrafter, PromptLookup
 from hanlin.errors import CapacityError, ChatFormatError, ConfigError, RequestError
 from hanlin.guide import Grammars
 from hanlin.kernels.native import Context, unavailable_reason
-from hanlin.kernels.packed_cache import PackedCache
+from hanlin.kernels.packed_cache import PackedCache, PackedImage
 from hanlin.layers.rope import Rope, RopeConfig
 from hanlin.models.parts import HasParts
 from hanlin.models.registry import layout_of
@@ -49,6 +50,7 @@ class Placement:
         weights, kv_cache: kinds of the native runner; "auto" weights are as the files have them.
         context: of the native runner; None for torch.
         cache: of packed weights on disk.
+        image: packed weights that the model's own files have.
         lowering: the packed weights, once loaded.
         path: of the model.
         prefix: a P-Tuning v2 checkpoint to lay over it.
@@ -62,6 +64,7 @@ class Placement:
     kv_cache: str = "auto"
     context: Context | None = None
     cache: PackedCache | None = None
+    image: PackedImage | None = None
     lowering: Lowering | None = None
     path: Path = Path()
     prefix: Path | None = None
@@ -71,8 +74,15 @@ class Placement:
     def taker(self, model: nn.Module) -> Lowering:
         """Who takes the weights while the files are read."""
         assert self.context is not None
-        self.lowering = Lowering(cast(HasParts, model), weights=self.weights, context=self.context, cache=self.cache)
+        self.lowering = Lowering(
+            cast(HasParts, model), weights=self.weights, context=self.context, cache=self.cache, image=self.image
+        )
         return self.lowering
+
+    def admit(self, source: TensorSource) -> None:
+        """See the files before anything is made of them; called again when something is laid over them."""
+        check_memory(source, self)
+        self.image = PackedImage(**source.image._asdict()) if isinstance(source, PackedSource) else None
 
 
 def place(settings: EngineConfig) -> Placement:
@@ -141,7 +151,7 @@ def load(path: Path, placement: Placement, progress: Callable[[int, int], None] 
         device=placement.device,
         progress=progress,
         taker=placement.taker if placement.context else None,
-        admit=lambda source: check_memory(source, placement),
+        admit=placement.admit,
         prefix=placement.prefix,
         adapter=placement.adapter,
     )

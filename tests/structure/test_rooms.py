@@ -36,7 +36,7 @@ ROOMS = {
     "serve": {"llm", "aio", "requests", "engine", "chat", "hub", "types", "errors"},
 }
 # The facade's own files may import every room below them, and each other.
-FACADE = {"__init__", "adapters", "llm", "aio", "judging", "assembly", "calls", "replies", "requests", "lmdeploy"}
+FACADE = {"__init__", "adapters", "llm", "aio", "judging", "assembly", "calls", "replies", "requests", "lmdeploy", "packing"}
 NO_TORCH = ("types", "errors", "options", "constraint", "guide", "infill", "tokenizers", "chat", "hub", "kernels")
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 

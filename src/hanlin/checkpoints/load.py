@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hanlin.checkpoints.description import Description, describe_directory, describe_gguf
 from hanlin.checkpoints.merge import MergedSource
 from hanlin.checkpoints.names import IGNORED, Recipe, recipes
+from hanlin.checkpoints.packed import PackedSource
 from hanlin.checkpoints.peft import Base, read_peft
 from hanlin.checkpoints.prefix import open_prefix
 from hanlin.checkpoints.quantised import QuantisedSource
@@ -106,7 +107,8 @@ def load_model(
     with ExitStack() as stack:
         source = stack.enter_context(open_source(path))
         if description and description.quantisation:
-            source = QuantisedSource(source, description.quantisation)
+            packed = description.quantisation.method == "hanlin"
+            source = PackedSource(source) if packed else QuantisedSource(source, description.quantisation)
         elif description and is_row_quantised(source):
             source = RowQuantisedSource(source, 4 if description.values.get("quantization_bit") == 4 else 8)
         if admit:

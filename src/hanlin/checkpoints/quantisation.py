@@ -12,8 +12,8 @@ from hanlin.errors import ConfigError, problems
 
 __all__ = ["Method", "Quantisation", "read_quantisation"]
 
-Method = Literal["awq", "gptq", "compressed-tensors", "bitsandbytes"]
-_METHODS: tuple[Method, ...] = ("awq", "gptq", "compressed-tensors", "bitsandbytes")
+Method = Literal["awq", "gptq", "compressed-tensors", "bitsandbytes", "hanlin"]
+_METHODS: tuple[Method, ...] = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "hanlin")
 _WHOLE_ROW = -1
 
 
@@ -47,6 +47,8 @@ def read_quantisation(values: Any, path: Path) -> Quantisation:
     if method is None:
         found.append(f"'quant_method' = {shown(values.get('quant_method'))} is not read here")
         made = None
+    elif method == "hanlin":  # the packed weights say the rest themselves
+        made = Quantisation(method=method, bits=())
     else:
         made = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _bitsandbytes}[method](
             values, found

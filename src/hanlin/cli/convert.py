@@ -21,6 +21,14 @@ class Format(str, Enum):
     internlm2 = "internlm2"
     gguf = "gguf"
     internevo = "internevo"
+    hanlin = "hanlin"
+
+
+class Weights(str, Enum):
+    auto = "auto"
+    int8 = "int8"
+    int4 = "int4"
+    bfloat16 = "bfloat16"
 
 
 class Outtype(str, Enum):
@@ -47,6 +55,9 @@ def convert(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.model, or a directory with one, where SRC has none.")
     ] = None,
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="hanlin: what matrices are packed as; auto: as they are quantised.")
+    ] = Weights.auto,
     tp: Annotated[int, typer.Option("--tp", min=1, help="internevo: ranks that share a layer.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, help="internevo: stages of the pipeline.")] = 1,
     adapt_hf: Annotated[
@@ -62,6 +73,16 @@ def convert(
     from hanlin.cli.loading import show_loading
 
     path, directory = location.path, location.path.is_dir()
+    if to is Format.hanlin:
+        from hanlin.packing import pack_model
+
+        with show_loading() as progress:
+            pack_model(path, target, weights=weights.value, progress=progress)
+        print(f"Wrote {target}; it starts at once: hanlin chat {target}", file=sys.stderr)
+        print(target)
+        return
+    if weights is not Weights.auto:
+        raise ConfigError(f"--weights is for --to hanlin, not for --to {to.value}")
     wanted: dict[str, Any] = {"to": to.value, "outtype": outtype.value, "vocab_size": vocab_size}
     wanted |= {"lent": tokenizer, "tp": tp, "pp": pp, "adapt_hf": adapt_hf}
     if directory and (vocab_size is not None or to is Format.gguf):

@@ -6,6 +6,7 @@ rest; biases likewise. The model on the meta device says what there is (`ModelPa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,8 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hanlin.errors import ConfigError, problems
-from hanlin.kernels.native import Arena, Context, Kind, PackedWeight, Source, library_path, packed_bytes
-from hanlin.kernels.packed_cache import PAGE, Found, PackedCache, PackedKey, digest_of_files
+from hanlin.kernels.native import (
+    LAYOUT_VERSION,
+    Arena,
+    Context,
+    Kind,
+    PackedWeight,
+    Source,
+    library_path,
+    packed_bytes,
+)
+from hanlin.kernels.packed_cache import PAGE, Found, PackedCache, PackedImage, PackedKey, digest_of_files
 from hanlin.layers.linear import Linear
 from hanlin.models.parts import HasParts, ModelParts
 
@@ -51,7 +61,9 @@ _LOSSLESS = {
 _BY_ROW = {"ROW_INT4": Kind.INT4, "ROW_INT8": Kind.INT8}
 # Codes that another quantiser made, with a scale for each of so many columns: used as they are.
 _BY_GROUP: Mapping[str, tuple[Kind, int]] = {
-    f"{kind.name}/{size}": (kind, size) for kind in (Kind.INT4, Kind.INT4_ZERO, Kind.INT8) for size in (32, 64, 128)
+    f"{kind.name}/{size}": (kind, size)
+    for kind in (Kind.INT4, Kind.INT4_ZERO, Kind.INT4_MIN, Kind.INT8)
+    for size in (32, 64, 128)
 } | {"INT8_ROW": (Kind.INT8_ROW, 0)}
 _FEW_BITS = ("FEW_BITS", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -98,7 +110,13 @@ class Lowering:
     Use: `plan` with what the files hold, then `take` for every parameter, then `finish`. What it takes stays out of the
     module. With a cache, a plan that was carried out before is there already, and nothing is read.
 
+    Args:
+        image: where the files have the weights packed already.
+        memory: gives so many zeroed bytes to pack into, such as a mapped file, instead of fresh memory.
+
     Attributes:
+        table_form: name, type ("BF16"...) and shape of the embedding, where it is kept as a plain table.
+        layout: tells what the packed weights look like, byte for byte, whatever made them; known after `plan`.
         cached: whether the weights come from the cache, known after `plan`; see `sound`.
         linears: the name of the linear layer that a weight, by its name, belongs to.
 
@@ -106,7 +124,16 @@ class Lowering:
         ConfigError: weight kinds that a shape cannot have, all of them at once.
     """
 
-    def __init__(self, model: HasParts, *, weights: str, context: Context, cache: PackedCache | None = None) -> None:
+    def __init__(
+        self,
+        model: HasParts,
+        *,
+        weights: str,
+        context: Context,
+        cache: PackedCache | None = None,
+        image: PackedImage | None = None,
+        memory: Callable[[int], NDArray[np.uint8]] | None = None,
+    ) -> None:
         if weights != "auto" and weights not in KINDS:
             raise ConfigError(f"weights must be one of auto, {', '.join(KINDS)}, not {weights!r}")
         assert isinstance(model, nn.Module)
@@ -114,6 +141,8 @@ class Lowering:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
         self.linears = {self._names[id(module.weight)]: name for name, module in linears.items()}
         self._weights, self._context, self._cache = weights, context, cache
+        self._image, self._memory = image, memory
+        self.table_form: tuple[str, str, tuple[int, ...]] | None = None
         self._found: Found | None = None
         parts: ModelParts = model.parts()
         config = model.config
@@ -233,8 +262,15 @@ class Lowering:
         sizes += [table.numel() * dtype.itemsize] if table else []
         size = -(-sum(-(-size // 64) * 64 for size in sizes) // PAGE) * PAGE
         self._files, self._key = files, PackedKey.of(sorted(files), sorted(files.items()), self._form(stored, size))
-        self._found = self._cache.find(self._key, size) if self._cache else None
-        self._arena = arena = self._found.arena if self._found else Arena(size)
+        if table:  # its name, its type by safetensors' name, its shape
+            names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+            self.table_form = self._embedding, names[dtype], tuple(table)
+        self.layout = self._layout(size, self.table_form)
+        self._found = self._image.find(self.layout, size) if self._image else None
+        if self._found is None and self._cache:
+            self._found = self._cache.find(self._key, size)
+        fresh = self._memory(size) if self._memory and not self._found else None
+        self._arena = arena = self._found.arena if self._found else Arena(size, fresh)
         for slot in self.slots:
             slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, wide=True, arena=arena)
         for slot in self.slots:
@@ -243,6 +279,14 @@ class Lowering:
         if table:
             memory = arena.view(arena.take(sizes[-1]), sizes[-1])
             self.table = torch.frombuffer(memory, dtype=dtype).view(table)
+
+    def _layout(self, size: int, table: object) -> bytes:
+        found = blake2b(repr((LAYOUT_VERSION, sys.byteorder, size, table)).encode(), digest_size=32)
+        for slot in self.slots:
+            found.update(repr((slot.kind.name, slot.group, slot.out, slot.in_)).encode())
+            for name, rows in (*slot.places.items(), *slot.biases.items()):
+                found.update(name.encode() + rows.tobytes())
+        return found.digest()
 
     def _form(self, stored: Mapping[str, tuple[str, ...]], size: int) -> Iterator[object]:
         """All that decides about a byte of the arena, beside the files' content."""

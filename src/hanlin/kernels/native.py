@@ -28,6 +28,7 @@ __all__ = [
     "ABI_VERSION",
     "ADD",
     "GELU",
+    "LAYOUT_VERSION",
     "SILU_MUL",
     "TILE",
     "Arena",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 ABI_VERSION = 4
+LAYOUT_VERSION = 1  # of the packed layouts, which are in files too: another one for other bytes of the same weight
 TILE = 32  # outputs that are stored together
 ADD, SILU_MUL, GELU = 1, 2, 4  # what happens to a product before it is written
 

@@ -26,7 +26,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,9 +38,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hanlin.errors import CheckpointError
 from hanlin.kernels.native import Arena, default_threads, huge_pages
 
-__all__ = ["PAGE", "Found", "PackedCache", "PackedKey", "digest_of_files"]
+__all__ = ["PAGE", "Found", "PackedCache", "PackedImage", "PackedKey", "digest_of_files", "sums_of"]
 
 PAGE = 4096
 _CHUNK = 1 << 24  # written at once: large writes make the page cache use huge pages
@@ -105,9 +106,12 @@ class Found:
         arena: the weights.
     """
 
-    def __init__(self, path: Path, image: NDArray[np.uint8], sums: bytes) -> None:
-        """`image` is a map of the file; it is copied, if it lies in small pages."""
-        self._path, self._expected = path, sums
+    def __init__(self, path: Path, image: NDArray[np.uint8], sums: bytes, *, kept: bool = False) -> None:
+        """`image` is a map of the file; it is copied, if it lies in small pages.
+
+        `kept`: the file is a model's own: it is not removed when it is damaged, but refused.
+        """
+        self._path, self._expected, self._kept = path, sums, kept
         self._sums = _Sums(len(image))
         _advise(image, _HUGE_PAGE)
         copied = _in_small_pages(image)
@@ -127,16 +131,61 @@ class Found:
         threads.shutdown(wait=False)
 
     def sound(self) -> bool:
-        """Wait until all is checked, and tell whether it is what was stored. If not, the file is removed."""
+        """Wait until all is checked, and tell whether it is what was stored. If not, the file is removed.
+
+        Raises:
+            CheckpointError: it is not, and the file is a model's own.
+        """
         try:
             for check in self._checks:
                 check.result()
             right = self._sums.digest() == self._expected
         except OSError:  # the disk can't deliver it
             right = False
+        if not right and self._kept:
+            raise CheckpointError(f"{self._path}: the packed weights are damaged. Copy or convert the model again.")
         if not right:
             _remove(self._path)
         return right
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedImage:
+    """Packed weights in a model's own file, at whole pages.
+
+    Attributes:
+        layout: what they were laid out as; an image of another layout is not used.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    sums: bytes
+    layout: bytes
+
+    def find(self, layout: bytes, size: int) -> Found | None:
+        """The same as `PackedCache.find`.
+
+        Raises:
+            CheckpointError: the file can't be mapped.
+        """
+        if (layout, size) != (self.layout, self.size):
+            return None
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                mapping = mmap.mmap(file.fileno(), self.offset + size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: cannot be mapped: {error}") from error
+        return Found(self.path, np.frombuffer(mapping, np.uint8, size, self.offset), self.sums, kept=True)
+
+
+def sums_of(image: NDArray[np.uint8], after: Callable[[], None] = lambda: None) -> bytes:
+    """The sums of an image, for `PackedImage`; `after` is called when a piece of it was read."""
+    sums = _Sums(len(image))
+    for start in range(0, len(image), _PIECE):
+        sums.add(start, image[start : start + _PIECE])
+        after()
+    return sums.digest()
 
 
 class _Sums:
