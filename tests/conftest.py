@@ -58,7 +58,42 @@ CHATGLM2: dict[str, Any] = {
     "add_qkv_bias": True,
     "eos_token_id": 2,
 }
-OWN = {"chatglm": CHATGLM, "chatglm2": CHATGLM2, "chatglm2-32k": {**CHATGLM2, "rope_ratio": 16}}
+# The sizes of VisualGLM-6B's image encoder, with the notes that the released file has beside them.
+VISUALGLM: dict[str, Any] = {
+    **CHATGLM,
+    "image_length": 5,
+    "eva_config": {
+        "num_layers": 3,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "inner_hidden_size": 48,
+        "vocab_size": 1,
+        "layernorm_order": "pre",
+        "layernorm_epsilon": 1e-06,
+        "use_final_layernorm": False,
+        "model_parallel_size": 1,
+        "max_sequence_length": 10,
+        "image_size": [42, 42],
+        "patch_size": 14,
+        "pre_len": 1,
+        "post_len": 0,
+        "in_channels": 3,
+        "num_classes": 0,
+    },
+    "qformer_config": {
+        "num_layers": 4,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "vocab_size": 5,
+        "layernorm_order": "post",
+        "layernorm_epsilon": 1e-12,
+        "model_parallel_size": 1,
+        "max_sequence_length": 0,
+        "is_decoder": [True, False, True, False],
+        "cross_attn_hidden_size": 32,
+    },
+}
+OWN = {"visualglm": VISUALGLM, "chatglm": CHATGLM, "chatglm2": CHATGLM2, "chatglm2-32k": {**CHATGLM2, "rope_ratio": 16}}
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,

@@ -15,6 +15,7 @@ from hanlin.llm import LLM, load, or_raise
 from hanlin.replies import Deliver
 from hanlin.requests import Job, adapted
 from hanlin.types import Completion, Delta, SamplingParams, Score
+from hanlin.vision import opened
 
 __all__ = ["AsyncLLM", "Running"]
 
@@ -65,8 +66,11 @@ class AsyncLLM(AsyncJudging):
         **overrides: Any,
     ) -> Any:
         """See `LLM.chat`."""
-        make = self.llm.requests.chat_jobs  # in a thread: long prompts and constraints take their time
-        many, jobs = await asyncio.to_thread(make, messages, sampling, tools, overrides)
+
+        def make() -> tuple[bool, list[Job]]:  # in a thread: images, long prompts and constraints take their time
+            return self.llm.requests.chat_jobs(opened(messages), sampling, tools, overrides)
+
+        many, jobs = await asyncio.to_thread(make)
         out = await self.start(adapted(jobs, adapter), stream=False).completions()
         return out if many else out[0]
 
@@ -81,7 +85,11 @@ class AsyncLLM(AsyncJudging):
         **overrides: Any,
     ) -> AsyncIterator[Delta]:
         """See `LLM.stream`. What came while the caller was busy comes as one delta."""
-        job = await asyncio.to_thread(self.llm.requests.stream_job, messages, sampling, tools, prompt, overrides)
+
+        def make() -> Job:
+            return self.llm.requests.stream_job(opened(messages), sampling, tools, prompt, overrides)
+
+        job = await asyncio.to_thread(make)
         jobs = adapted([job], adapter)
         running = self.start(jobs, stream=True)
         try:

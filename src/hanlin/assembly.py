@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hanlin.adapters import Adapters
+from hanlin.chat.visualglm import VisualGLMFormat
 from hanlin.checkpoints.load import Loaded, load_model
 from hanlin.checkpoints.packed import PackedSource
 from hanlin.checkpoints.source import TensorInfo, TensorSource
@@ -27,9 +28,11 @@ from hanlin.kernels.packed_cache import PackedCache, PackedImage
 from hanlin.layers.rope import Rope, RopeConfig
 from hanlin.models.parts import HasParts
 from hanlin.models.registry import layout_of
+from hanlin.models.visualglm import VisualGLMConfig
 from hanlin.options import EngineConfig, free_memory
 from hanlin.requests import RequestBuilder, stop_ids_of
 from hanlin.types import ChatFormat, SamplingParams, Tokenizer
+from hanlin.vision import Vision
 
 __all__ = ["Placement", "check_memory", "engine", "load", "peak_memory", "place", "requests"]
 
@@ -70,6 +73,11 @@ class Placement:
     prefix: Path | None = None
     adapter: Path | None = None
     free: int = 0
+
+    @property
+    def encoder(self) -> torch.dtype | None:
+        """Of an image encoder's large weights, where the native library multiplies by them; None is as all others."""
+        return None if self.context is None else torch.float32 if self.weights == "float32" else torch.bfloat16
 
     def taker(self, model: nn.Module) -> Lowering:
         """Who takes the weights while the files are read."""
@@ -154,6 +162,7 @@ def load(path: Path, placement: Placement, progress: Callable[[int, int], None] 
         admit=placement.admit,
         prefix=placement.prefix,
         adapter=placement.adapter,
+        encoder=placement.encoder,
     )
 
 
@@ -169,7 +178,7 @@ def check_memory(source: TensorSource, placement: Placement) -> None:
     """
     if placement.device.type != "cpu":
         return
-    need = sum(_bytes(info, placement) for info in source.infos.values())
+    need = sum(_bytes(name, info, placement) for name, info in source.infos.items())
     placement.free = free_memory()
     if need > placement.free:
         kind = placement.weights if placement.context else str(placement.dtype).removeprefix("torch.")
@@ -179,22 +188,29 @@ def check_memory(source: TensorSource, placement: Placement) -> None:
         )
 
 
-def _bytes(info: TensorInfo, placement: Placement) -> float:
+def _bytes(name: str, info: TensorInfo, placement: Placement) -> float:
     """What a stored tensor will take; the integer kinds have a float16 scale (and minimum) for each 32 values."""
     count = torch.Size(info.shape).numel()
     if placement.context is None:
         return count * placement.dtype.itemsize
+    if name.startswith("image_encoder.") and placement.encoder is not None:
+        return count * placement.encoder.itemsize
     if placement.weights == "auto":
         return min(info.nbytes, count * 2.0)
     return count * {"float32": 4, "bfloat16": 2, "int8": 1.0625, "int4": 0.625}[placement.weights]
 
 
-def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuilder:
-    """What turns this model's requests into sequences."""
+def requests(loaded: Loaded, settings: EngineConfig, path: Path, context: Context | None) -> RequestBuilder:
+    """What turns this model's requests into sequences. `context` multiplies for an image encoder, if not torch."""
     from hanlin.tokenizers import from_gguf, load_tokenizer
 
     tokenizer: Tokenizer = load_tokenizer(path) if path.is_dir() else from_gguf(loaded.metadata, name=str(path))
     chat_format, no_chat = _chat_format(tokenizer, loaded, settings.chat_template, path)
+    vision = None
+    if isinstance(loaded.config, VisualGLMConfig):
+        vision = Vision(cast(nn.Module, loaded.model.image_encoder), loaded.config.vision.image_size, context)
+        if isinstance(chat_format, VisualGLMFormat):
+            chat_format.image_length = loaded.config.image_length
     system = settings.system_prompt
     if system is None:
         system = (chat_format.default_system if chat_format else None) or ""
@@ -210,6 +226,7 @@ def requests(loaded: Loaded, settings: EngineConfig, path: Path) -> RequestBuild
         adapters=Adapters(loaded.model),
         grammars=_grammars(tokenizer, loaded.config.vocab_size),
         layout=layout_of(loaded.config),
+        vision=vision,
     )
 
 

@@ -19,6 +19,7 @@ from hanlin.options import EngineConfig
 from hanlin.replies import Deliver
 from hanlin.requests import Job, adapted
 from hanlin.types import ChatFormat, Completion, Delta, SamplingParams, Score, Tool
+from hanlin.vision import opened
 
 if TYPE_CHECKING:
     from hanlin.hub import Report
@@ -80,7 +81,7 @@ class LLM(Judging):
     ) -> None:
         self.path, self.name, self.config = path, name, loaded.config
         self.load_seconds = 0.0
-        self.requests = assembly.requests(loaded, settings, path)
+        self.requests = assembly.requests(loaded, settings, path, placement.context)
         self.tokenizer = self.requests.tokenizer
         self.default_sampling = self.requests.defaults
         self.engine = assembly.engine(loaded, settings, placement, self.requests.rope)
@@ -111,6 +112,11 @@ class LLM(Judging):
             ChatFormatError: for a base model, which has no such thing.
         """
         return self.requests.format()
+
+    @property
+    def sees(self) -> bool:
+        """Whether messages may hold images."""
+        return self.requests.vision is not None
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -161,7 +167,8 @@ class LLM(Judging):
         """Answer a conversation (a string, or messages), or a list of conversations.
 
         A conversation without a system message gets the model's own default one, see `EngineConfig.system_prompt`.
-        `adapter` names a LoRA adapter that is loaded, see `load_adapter`.
+        `adapter` names a LoRA adapter that is loaded, see `load_adapter`. A model that sees takes parts of a message
+        like {"type": "image", "image": path, bytes or a Pillow image}.
 
         Returns:
             One Completion for one conversation, a list of them for a list or for n > 1.
@@ -169,7 +176,7 @@ class LLM(Judging):
         Raises:
             RequestError: messages or sampling values that cannot be; nothing was started then.
         """
-        many, jobs = self.requests.chat_jobs(messages, sampling, tools, overrides)
+        many, jobs = self.requests.chat_jobs(opened(messages), sampling, tools, overrides)
         out = self._complete(adapted(jobs, adapter))
         return out if many else out[0]
 
@@ -187,7 +194,7 @@ class LLM(Judging):
 
         Closing the iterator, or Ctrl-C, ends the reply within one step.
         """
-        (job,) = adapted([self.requests.stream_job(messages, sampling, tools, prompt, overrides)], adapter)
+        (job,) = adapted([self.requests.stream_job(opened(messages), sampling, tools, prompt, overrides)], adapter)
         return self._stream(job)
 
     def score(self, prompts: Any, *, adapter: str | None = None) -> list[Score]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hanlin.adapters import Adapters
 from hanlin.calls import Calls
-from hanlin.engine.sequence import Sequence
+from hanlin.engine.sequence import Given, Sequence
 from hanlin.errors import ChatFormatError, HanlinError, RequestError
 from hanlin.guide import Grammar, Grammars
 from hanlin.infill import infilled
@@ -18,7 +18,8 @@ from hanlin.layers.rope import RopeConfig
 from hanlin.models.config import DecoderConfig
 from hanlin.models.registry import Layout
 from hanlin.replies import Deliver, Plain, Reply, ScoreSink
-from hanlin.types import ChatFormat, Constraint, Message, SamplingParams, Tokenizer, Tool
+from hanlin.types import ChatFormat, Constraint, Message, Rendered, SamplingParams, Tokenizer, Tool
+from hanlin.vision import Vision
 
 __all__ = ["Job", "RequestBuilder", "adapted", "conversations_of", "prompts_of", "tools_of"]
 
@@ -27,7 +28,7 @@ __all__ = ["Job", "RequestBuilder", "adapted", "conversations_of", "prompts_of",
 class Job:
     """One prompt, tokenised and checked. Cached prefixes are shared only between jobs of equal `salt`.
 
-    `adapter` is the name of one that is loaded, None for the model as it is.
+    `adapter` is the name of one that is loaded, None for the model as it is; `given` are its images.
     """
 
     ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Job:
     tools: tuple[Tool, ...] = ()
     one_call: bool = False
     grammar: Grammar | None = None
+    given: tuple[Given, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class RequestBuilder:
         system_prompt: put before conversations that have none; "" is none.
         stop_ids: that end any reply, unless `ignore_eos`.
         layout: of a family that is not simply causal: see `hanlin.models.registry.Family`.
+        vision: what the model sees with, if it does.
     """
 
     tokenizer: Tokenizer
@@ -62,6 +65,7 @@ class RequestBuilder:
     adapters: Adapters
     grammars: Grammars | None = None
     layout: Callable[[List[int]], Layout] | None = None
+    vision: Vision | None = None
 
     def chat_jobs(
         self, messages: Any, sampling: SamplingParams | None, tools: Any, overrides: Mapping[str, Any]
@@ -161,6 +165,7 @@ class RequestBuilder:
                 **self._laid_out(job.ids),
                 salt=job.salt,
                 adapter=adapter,
+                given=job.given,
                 follows=out[0] if out else None,
             )
             out.append(sequence)
@@ -285,14 +290,24 @@ class RequestBuilder:
     def _chat(self, conversation: List[Message], sampling: SamplingParams, calls: Calls) -> Job:
         if self.system_prompt and all(message.role != "system" for message in conversation):
             conversation = [Message(role="system", content=self.system_prompt), *conversation]
+        rendered = self.format().render(conversation, calls.tools)
         return Job(
-            ids=self.format().render(conversation, calls.tools).ids,
+            ids=rendered.ids,
+            given=self._seen(rendered),
             sampling=sampling,
             chat=True,
             tools=calls.tools,
             one_call=not calls.parallel,
             grammar=self._grammar(calls.constraint(self.format(), sampling.constraint), sampling.n),
         )
+
+    def _seen(self, rendered: Rendered) -> tuple[Given, ...]:
+        """Raises:
+        RequestError: images that cannot be read, or a model that cannot see any.
+        """
+        if rendered.images and self.vision is None:
+            raise RequestError("this model cannot see images")
+        return tuple(self.vision.given(*image) for image in rendered.images if self.vision is not None)
 
 
 def adapted(jobs: list[Job], adapter: str | None) -> list[Job]:

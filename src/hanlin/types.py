@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from hanlin import images
 from hanlin.constraint import Constraint
 from hanlin.errors import RequestError, problems
 
@@ -97,20 +98,24 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn. `role="tool"` is a tool's result (ChatML's environment turn, ChatGLM3's observation)."""
+    """One turn. `role="tool"` is a tool's result (ChatML's environment turn, ChatGLM3's observation).
+
+    `images` are files as bytes, for models that see.
+    """
 
     role: str
     content: str = ""
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    images: tuple[bytes, ...] = ()
 
     @classmethod
     def parse(cls, value: Message | Mapping[str, Any]) -> Message:
         """Read an OpenAI-style message; text parts are joined, `environment`/`observation`/`function` mean `tool`.
 
         Raises:
-            RequestError: an unknown role, a part that is not text, or fields of the wrong type, all named at once.
+            RequestError: an unknown role, a part that is neither text nor image, fields of the wrong type, all at once.
         """
         if isinstance(value, Message):
             return value
@@ -126,7 +131,7 @@ class Message:
         name = value.get("name")
         if name is not None and not isinstance(name, str):
             found.append(f"'name' must be a string, not {type(name).__name__}")
-        content = _content(value.get("content"), found)
+        content, pictures = _content(value.get("content"), found)
         calls = tuple(_call(call, found) for call in value.get("tool_calls") or ())
         if found:
             raise RequestError(problems("message", found))
@@ -137,29 +142,32 @@ class Message:
             name=name,
             tool_calls=calls,
             tool_call_id=None if call_id is None else str(call_id),
+            images=pictures,
         )
 
 
-def _content(value: object, found: list[str]) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        texts = []
-        for part in value:
-            if (
-                isinstance(part, Mapping)
-                and part.get("type") in ("text", "input_text")
-                and isinstance(part.get("text"), str)
-            ):
-                texts.append(part["text"])
-            else:
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                found.append(f"content parts must be text, not {kind!r}")
-        return "".join(texts)
-    found.append(f"'content' must be a string or a list of text parts, not {type(value).__name__}")
-    return ""
+def _content(value: object, found: list[str]) -> tuple[str, tuple[bytes, ...]]:
+    """The text of a content, and its images."""
+    if value is None or isinstance(value, str):
+        return value or "", ()
+    texts, pictures = [], []
+    if not isinstance(value, Sequence):
+        found.append(f"'content' must be a string or a list of parts, not {type(value).__name__}")
+        value = ()
+    for part in value:
+        given = part if isinstance(part, Mapping) else {"type": type(part).__name__}
+        try:
+            picture = images.of_part(given)
+        except RequestError as error:
+            found.append(str(error))
+            continue
+        if picture is not None:
+            pictures.append(picture)
+        elif given.get("type") in ("text", "input_text") and isinstance(given.get("text"), str):
+            texts.append(given["text"])
+        else:
+            found.append(f"content parts must be text or images, not {given.get('type')!r}")
+    return "".join(texts), tuple(pictures)
 
 
 def _call(value: object, found: list[str]) -> ToolCall:
@@ -437,10 +445,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """A conversation as ids, and how much each counts in the training loss (0 or 1)."""
+    """A conversation as ids, and how much each counts in the training loss (0 or 1).
+
+    `images` are (first id whose place it takes, image file).
+    """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    images: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ import hanlin
 
 PACKAGE = Path(hanlin.__file__).parent
 ROOMS = {
-    "types": {"errors", "constraint"},
+    "types": {"errors", "constraint", "images"},
+    "images": {"errors"},
     "constraint": {"errors"},
     "guide": {"types", "errors"},
     "infill": {"types", "errors"},
@@ -31,13 +32,38 @@ ROOMS = {
     "hub": {"types", "errors"},
     "engine": {"models", "layers", "kernels", "types", "errors"},
     "compress": {"models", "checkpoints", "layers", "types", "errors"},
-    "hf": {"models", "checkpoints", "tokenizers", "chat", "layers", "types", "errors"},
+    "hf": {"models", "checkpoints", "tokenizers", "chat", "layers", "types", "errors", "images", "hub"},
     "bench": {"llm", "options", "types", "errors", "hub"},
-    "serve": {"llm", "aio", "requests", "engine", "chat", "hub", "types", "errors"},
+    "serve": {"llm", "aio", "requests", "engine", "chat", "hub", "types", "errors", "images"},
 }
 # The facade's own files may import every room below them, and each other.
-FACADE = {"__init__", "adapters", "llm", "aio", "judging", "assembly", "calls", "replies", "requests", "lmdeploy", "packing"}
-NO_TORCH = ("types", "errors", "options", "constraint", "guide", "infill", "tokenizers", "chat", "hub", "kernels")
+FACADE = {
+    "__init__",
+    "adapters",
+    "llm",
+    "aio",
+    "judging",
+    "assembly",
+    "calls",
+    "replies",
+    "requests",
+    "lmdeploy",
+    "packing",
+    "vision",
+}
+NO_TORCH = (
+    "types",
+    "images",
+    "errors",
+    "options",
+    "constraint",
+    "guide",
+    "infill",
+    "tokenizers",
+    "chat",
+    "hub",
+    "kernels",
+)
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 
 

@@ -12,11 +12,11 @@ __all__ = ["Writer", "checked", "special_ids"]
 MAX_NAME = 256
 
 
-def checked(messages: Iterable[Message], format_name: str) -> list[Message]:
-    """The messages as a list.
+def checked(messages: Iterable[Message], format_name: str, *, sees: bool = False) -> list[Message]:
+    """The messages as a list. `sees`: images are taken, of the user.
 
     Raises:
-        ChatFormatError: naming every unknown role and every name that would break its line.
+        ChatFormatError: naming every unknown role, every name that would break its line, every image not taken.
     """
     turns, found = list(messages), []
     for index, turn in enumerate(turns):
@@ -26,6 +26,10 @@ def checked(messages: Iterable[Message], format_name: str) -> list[Message]:
             found.append(f"message {index}: name must be 1..{MAX_NAME} printable characters, not {turn.name[:40]!r}")
         if turn.tool_calls and turn.role != "assistant":
             found.append(f"message {index}: only the assistant calls tools, not {turn.role!r}")
+        if turn.images and not sees:
+            found.append(f"message {index}: this model cannot see images")
+        elif turn.images and turn.role != "user":
+            found.append(f"message {index}: only the user shows images, not {turn.role!r}")
     if found:
         raise ChatFormatError(problems(f"chat format '{format_name}'", found))
     return turns

@@ -17,6 +17,7 @@ from hanlin.chat.raw import RawFormat
 from hanlin.chat.roles import ROLE_TOKENS, RolesFormat
 from hanlin.chat.sandbox import Sandbox
 from hanlin.chat.template import TemplateFormat, print_template, sees_tools
+from hanlin.chat.visualglm import VisualGLMFormat
 from hanlin.errors import ChatFormatError
 from hanlin.types import ChatFormat, Message, Tokenizer
 
@@ -44,6 +45,7 @@ FORMATS: Mapping[str, _Entry] = MappingProxyType(
         ),
         "internlm-v1_1": _Entry(lambda tokenizer: InternLMFormat(tokenizer, early=True), ("internlm-chat-7b-v1_1",)),
         "chatglm": _Entry(ChatGLMFormat, ("chatglm-6b", "chatglm-6b-int4", "chatglm-6b-int8")),
+        "visualglm": _Entry(VisualGLMFormat, ("visualglm-6b",)),
         "chatglm2": _Entry(ChatGLM2Format, ("chatglm2-6b", "chatglm2-6b-int4", "chatglm2-6b-32k")),
         "chatglm3": _Entry(ChatGLM3Format, ("chatglm3-6b", "chatglm3-6b-32k", "chatglm3-6b-128k")),
         "glm4": _Entry(GLM4Format, ("glm-4", "glm-4-9b-chat", "glm-4-9b-chat-1m", "glm-4-9b-chat-hf")),
@@ -99,6 +101,8 @@ def chat_format_for(
         return InternLMFormat(tokenizer)
     if model_type == "chatglm" and tokenizer.token_id("<eop>") is not None:
         return ChatGLMFormat(tokenizer)
+    if model_type == "visualglm" and tokenizer.token_id("<eop>") is not None:
+        return VisualGLMFormat(tokenizer)
     if model_type in ("chatglm2", "glm") and tokenizer.token_id("[gMASK]") in tokenizer.special_ids:
         return _glm(tokenizer)
     return RawFormat(tokenizer)

@@ -86,6 +86,7 @@ def load_model(
     admit: Callable[[TensorSource], None] | None = None,
     prefix: Path | None = None,
     adapter: Path | None = None,
+    encoder: torch.dtype | None = None,
 ) -> Loaded:
     """Load a model directory or a `.gguf` file; peak memory is the weights and one tensor.
 
@@ -95,6 +96,7 @@ def load_model(
         admit: shown the files before anything is made of them; refuses them by raising.
         prefix: a P-Tuning v2 checkpoint whose soft prefix the model gets.
         adapter: a directory with a LoRA adapter that is merged into the weights.
+        encoder: of an image encoder, see `build`.
 
     Raises:
         CheckpointError: broken files, and every missing, unexpected or misshapen tensor at once.
@@ -119,7 +121,7 @@ def load_model(
             stack.callback(over.close)
             description = replace(description, values={**description.values, **over.values()})
         config = read_config(description.values)
-        model = build(config, dtype=dtype)
+        model = build(config, dtype=dtype, encoder=encoder)
         parameters = dict(model.named_parameters())
         wanted = recipes(parameters, config, gguf=gguf, permuted=description.permuted, stored=source.infos)
         if isinstance(source, QuantisedSource):

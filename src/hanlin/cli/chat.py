@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hanlin import images
 from hanlin.cli.conversation import Conversation
 from hanlin.cli.inputs import document, is_terminal, joined, meant, sound
 from hanlin.cli.judged import Judged
@@ -43,6 +44,9 @@ def chat(
         str | None, typer.Option("--model", "-m", help="MODEL, where it could be mistaken for a prompt.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="The system prompt.")] = None,
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="FILE", help="An image to ask about, with a model that sees.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 always takes the most probable token.", rich_help_panel=_SAMPLING)
     ] = None,
@@ -106,6 +110,7 @@ def chat(
     hanlin chat "Why is the sky blue?"
     hanlin chat internlm2_5-1_8b-chat
     cat notes.txt | hanlin chat "Summarise this:"
+    hanlin chat visualglm-6b --image photo.jpg "What is this?"
     """
     name, prompt = meant(model, first, second)
     given = {
@@ -128,6 +133,7 @@ def chat(
         raise typer.BadParameter("there is no PROMPT, and a chat without one needs a terminal, and no --json")
     for text in (asked, system):
         sound(text)
+    shown = images.read(image) if image is not None else None
     held = {
         "dtype": dtype,
         "device": device,
@@ -148,11 +154,11 @@ def chat(
             llm = Judged(writer, models.enter_context(judge), best_of or 10)
         talk = Conversation(system=system, sampling=llm.default_sampling.override(**sampling))
         if asked is None:
-            _converse(llm, talk, markdown=not no_markdown, stats=stats)
+            _converse(llm, talk, shown, markdown=not no_markdown, stats=stats)
         elif as_json:
-            _print_json(llm, talk, asked)
+            _print_json(llm, talk, asked, shown)
         else:
-            _print_reply(llm, talk, asked, markdown=not no_markdown, stats=stats)
+            _print_reply(llm, talk, asked, shown, markdown=not no_markdown, stats=stats)
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _converse(llm: Model, talk: Conversation, *, markdown: bool, stats: bool) -> None:
+def _converse(llm: Model, talk: Conversation, shown: bytes | None, *, markdown: bool, stats: bool) -> None:
     from hanlin import __version__
     from hanlin.cli.commands import Shell
     from hanlin.cli.repl import Repl, history_path
@@ -178,7 +184,7 @@ def _converse(llm: Model, talk: Conversation, *, markdown: bool, stats: bool) ->
         if stats and session.last is not None:
             say(Stats.of(session.last, llm.stats()).line())
 
-    session = Session(model=llm, conversation=talk, view=lambda: _view(console, markdown), notice=say)
+    session = _session(shown, model=llm, conversation=talk, view=lambda: _view(console, markdown), notice=say)
     say(f"Hanlin {__version__} · {llm.name} ({llm.chat_format.name}, {llm.context_length} tokens)")
     say("/help lists the commands, Ctrl+D leaves.")
     if stats:
@@ -186,9 +192,18 @@ def _converse(llm: Model, talk: Conversation, *, markdown: bool, stats: bool) ->
     Repl(Shell(session=session, default=talk.sampling, say=say), console, done, history_path()).run()
 
 
-def _print_reply(llm: Model, talk: Conversation, prompt: str, *, markdown: bool, stats: bool) -> None:
+def _session(shown: bytes | None, **of: Any) -> Session:
+    session = Session(**of)
+    if shown is not None:
+        session.show(shown)
+    return session
+
+
+def _print_reply(
+    llm: Model, talk: Conversation, prompt: str, shown: bytes | None, *, markdown: bool, stats: bool
+) -> None:
     console = _console()
-    session = Session(model=llm, conversation=talk, view=lambda: _view(console, markdown), notice=_aside)
+    session = _session(shown, model=llm, conversation=talk, view=lambda: _view(console, markdown), notice=_aside)
     reply = session.ask(prompt)
     if stats:
         _aside(Stats.of(reply, llm.stats()).text())
@@ -196,8 +211,8 @@ def _print_reply(llm: Model, talk: Conversation, prompt: str, *, markdown: bool,
         raise KeyboardInterrupt
 
 
-def _print_json(llm: Model, talk: Conversation, prompt: str) -> None:
-    reply = Session(model=llm, conversation=talk, view=SilentView, notice=_aside).ask(prompt)
+def _print_json(llm: Model, talk: Conversation, prompt: str, shown: bytes | None) -> None:
+    reply = _session(shown, model=llm, conversation=talk, view=SilentView, notice=_aside).ask(prompt)
     done = reply.completion
     answer: dict[str, Any] = {
         "model": llm.name,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hanlin import images
 from hanlin.cli import conversation, settings
 from hanlin.cli.session import Session
 from hanlin.cli.stats import Stats
@@ -105,6 +106,11 @@ def _load(shell: Shell, argument: str) -> None:
         shell.say(f"They were made with {saved.model}; {shell.session.model.name} goes on.")
 
 
+def _image(shell: Shell, argument: str) -> None:
+    shell.session.show(images.read(_path("/image", argument)))
+    shell.say("The image goes with your next question.")
+
+
 def _exit(shell: Shell, argument: str) -> None:
     raise Leave
 
@@ -118,6 +124,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("/stats", "", "Speed and memory of the last reply.", _stats),
     Command("/save", "FILE", "Save the conversation as JSON.", _save),
     Command("/load", "FILE", "Go on with a saved conversation.", _load),
+    Command("/image", "FILE", "Show an image with the next question, to a model that sees.", _image),
     Command("/exit", "", "Leave. So does the bare word `stop`.", _exit),
 )
 
@@ -162,5 +169,5 @@ def dispatch(shell: Shell, line: str) -> None:
 def _path(name: str, argument: str) -> Path:
     text = argument[1:-1] if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"" else argument
     if not text:
-        raise RequestError(f"{name} needs a file name: {name} talk.json")
+        raise RequestError(f"{name} needs a file name: {name} {'photo.png' if name == '/image' else 'talk.json'}")
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for an unknown user

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ class Conversation:
     def sent(self) -> list[Message]:
         """What the model gets to see."""
         system = [] if self.system is None else [Message(role="system", content=self.system)]
-        return system + list(self.messages[self.forgotten :])
+        sent = list(self.messages[self.forgotten :])
+        hidden = tuple(image for message in self.messages[: self.forgotten] for image in message.images)
+        if hidden and sent:  # what was shown is still talked about
+            sent[0] = replace(sent[0], images=(*hidden, *sent[0].images))
+        return system + sent
 
     def turns(self) -> list[int]:
         """Where each turn begins in `messages`, among those that are still sent."""
@@ -196,6 +201,10 @@ def _plain(value: Any) -> Any:
 def _openai(message: Message) -> dict[str, Any]:
     """A message as OpenAI's API writes it; what is empty is left out."""
     entry: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.images:
+        uris = [f"data:image;base64,{base64.b64encode(image).decode()}" for image in message.images]
+        parts = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
+        entry["content"] = [*parts, {"type": "text", "text": message.content}]
     if message.name is not None:
         entry["name"] = message.name
     if message.tool_call_id is not None:

@@ -172,7 +172,7 @@ def _bindings() -> KeyBindings:
 
 
 class _Completer(Completer):
-    """Commands, the parameters of /set, and the files of /save and /load."""
+    """Commands, the parameters of /set, and the files of /save, /load and /image."""
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         text = document.text_before_cursor
@@ -183,7 +183,7 @@ class _Completer(Completer):
             words: Iterable[str] = (command.name for command in COMMANDS)
         elif name == "/set":
             words = NAMES
-        elif name in ("/save", "/load"):
+        elif name in ("/save", "/load", "/image"):
             yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
             return
         else:

@@ -38,6 +38,7 @@ class Session:
         view: makes the place where a reply appears.
         notice: tells the person something beside the conversation.
         last: the newest reply.
+        images: files as bytes, to be shown with the next turn.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Session:
     view: Callable[[], View]
     notice: Callable[[str], object]
     last: Reply | None = field(default=None, init=False)
+    images: tuple[bytes, ...] = field(default=(), init=False)
 
     def ask(self, text: str) -> Reply:
         """Send a turn and show the reply. A turn without a reply is not kept.
@@ -52,7 +54,24 @@ class Session:
         Raises:
             HanlinError: the turn could not be answered; the conversation is as before.
         """
-        return self._answer((*self.conversation.messages, Message(role="user", content=text)))
+        turn = Message(role="user", content=text, images=self.images)
+        reply = self._answer((*self.conversation.messages, turn))
+        if turn in self.conversation.messages:
+            self.images = ()
+        return reply
+
+    def show(self, image: bytes) -> None:
+        """Show an image with the next turn. The models here see one a conversation: with another, it starts afresh.
+
+        Raises:
+            RequestError: a model that cannot see.
+        """
+        if not getattr(self.model, "sees", False):
+            raise RequestError(f"{self.model.name} cannot see images. VisualGLM-6B can.")
+        if any(message.images for message in self.conversation.messages):
+            self.conversation.clear()
+            self.notice("The model sees one image; the conversation starts afresh with this one.")
+        self.images = (image,)
 
     def retry(self) -> Reply:
         """Answer the last question again. The old reply stays until there is a new one.

@@ -30,6 +30,8 @@ class Batch:
         soft_slots: (N, P) int64, where the model's soft prefix goes of every sequence that begins.
         states: (N,) int32, those whose hidden states are wanted instead.
         adapters: (S,) of each sequence; empty when none has one.
+        embeddings: (E, D) float32, what is given in place of embeddings; None for nothing.
+        embedding_rows: (T,) int32, which of them is each token's, -1 for none.
     """
 
     ids: NDArray[np.int32]
@@ -45,6 +47,8 @@ class Batch:
     soft_slots: NDArray[np.int64]
     block_size: int
     adapters: tuple[Adapter | None, ...] = ()
+    embeddings: NDArray[np.float32] | None = None
+    embedding_rows: NDArray[np.int32] | None = None
 
     @classmethod
     def build(cls, scheduled: Scheduled, block_size: int) -> Batch:
@@ -72,6 +76,7 @@ class Batch:
             elif last >= len(sequence):  # the last known token, and every guess behind it
                 wanted.append(np.arange(starts[index + 1] - 1 - (last - len(sequence)), starts[index + 1]))
         rope = np.concatenate(lengths)
+        embeddings, embedding_rows = _given(scheduled, starts)
         return cls(
             ids=np.asarray(ids, np.int32),
             positions=np.concatenate(positions, axis=1),
@@ -86,6 +91,8 @@ class Batch:
             states=_joined(states),
             block_size=block_size,
             adapters=tuple(s.adapter for s, _ in scheduled) if any(s.adapter for s, _ in scheduled) else (),
+            embeddings=embeddings,
+            embedding_rows=embedding_rows,
         )
 
 
@@ -93,6 +100,23 @@ def _slots(blocks: NDArray[np.int32], first: int, last: int, size: int) -> NDArr
     """The slots of places first..last of a sequence."""
     place = np.arange(first, last)
     return blocks[place // size].astype(np.int64) * size + place % size
+
+
+def _given(
+    scheduled: Scheduled, starts: NDArray[np.int32]
+) -> tuple[NDArray[np.float32] | None, NDArray[np.int32] | None]:
+    """`Batch.embeddings` and `Batch.embedding_rows`."""
+    rows, parts, count = np.full(starts[-1], -1, np.int32), [], 0
+    for (sequence, tokens), start in zip(scheduled, starts, strict=False):
+        for given in sequence.given:
+            first = max(given.start, sequence.computed)
+            last = min(given.start + len(given.rows), sequence.computed + tokens)
+            if first < last:
+                parts.append(given.rows[first - given.start : last - given.start])
+                place = start + first - sequence.computed
+                rows[place : place + last - first] = np.arange(count, count + last - first)
+                count += last - first
+    return (np.concatenate(parts), rows) if parts else (None, None)
 
 
 def _joined(rows: list[NDArray[np.int64]]) -> NDArray[np.int32]:

@@ -17,9 +17,9 @@ class BlockManager:
     """Counts references to the blocks of a pool and finds computed blocks by the hash of all text up to their end.
 
     The hash is keyed with a secret of this manager, so that nobody outside can construct a collision, and chained from
-    a root that holds everything else that changes keys and values: the sequence's salt, its RoPE length, and the whole
-    of a prefix whose tokens see each other both ways. A block
-    that nobody uses keeps its content until it is needed again, the longest unused first.
+    a root that holds everything else that changes keys and values: the sequence's salt, its RoPE length, what is given
+    in place of embeddings, and the whole of a prefix whose tokens see each other both ways. A block that nobody uses
+    keeps its content until it is needed again, the longest unused first.
     """
 
     def __init__(self, count: int, size: int, *, caching: bool = True) -> None:
@@ -143,5 +143,7 @@ class BlockManager:
         head = len(sequence.salt).to_bytes(8, "little") + sequence.salt
         head += sequence.adapter.key if sequence.adapter else bytes(16)
         head += sequence.rope_length.to_bytes(8, "little") + sequence.prefix_len.to_bytes(8, "little")
+        for given in sequence.given:
+            head += given.start.to_bytes(8, "little") + len(given.key).to_bytes(8, "little") + given.key
         prefix = np.asarray(sequence.prompt[: sequence.prefix_len], np.int64).tobytes()
         return hashlib.blake2b(head + prefix, digest_size=32).digest()

@@ -100,6 +100,8 @@ class NativeRunner:
             cos=rotation.cos,
             sin=rotation.sin,
             adapters=[adapter.held if adapter else None for adapter in batch.adapters],
+            embeddings=batch.embeddings,
+            embedding_rows=batch.embedding_rows,
         )
         result = self.program.run(step)
         return Output(result.logits, result.hidden[scored:] if states else _NO_STATES)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hanlin.engine.attend import KVPool, PagedAttend
 from hanlin.engine.batch import Batch
 from hanlin.engine.sequence import Adapter
+from hanlin.layers.embedding import Embedding
 from hanlin.layers.invariant import make_invariant
 from hanlin.layers.lora import LowRank, RowAdapters, attach
 from hanlin.layers.rope import Positions
@@ -81,7 +82,8 @@ class TorchRunner:
         if self.invariant:
             make_invariant(model)
         self._rows: RowAdapters | None = None
-        self._soft = soft_prefix(cast(HasParts, model).parts())
+        parts = cast(HasParts, model).parts()
+        self._embedding, self._soft = cast(Embedding, parts.embedding), soft_prefix(parts)
         self.soft_len = len(self._soft[0][0]) if self._soft else 0
         self._pool = KVPool(
             layers=config.num_layers,
@@ -103,6 +105,10 @@ class TorchRunner:
         for mine in torch.from_numpy(batch.soft_slots).to(self.device):
             for layer, (k, v) in enumerate(self._soft):
                 self._pool.k[layer][mine], self._pool.v[layer][mine] = k, v
+        self._embedding.given = None
+        if batch.embeddings is not None and batch.embedding_rows is not None:
+            at = torch.from_numpy(np.flatnonzero(batch.embedding_rows >= 0)).to(self.device)
+            self._embedding.given = at, torch.from_numpy(batch.embeddings).to(self.device)
         owners = np.repeat(np.arange(len(batch.context)), np.diff(batch.query_start))
         with self._told(batch, owners):
             hidden = self._model(ids, Positions(places, lengths), attend)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hanlin.types import FinishReason, SamplingParams
 
-__all__ = ["Adapter", "PositionRule", "Sampled", "Sequence", "Sink", "Status", "arange_positions"]
+__all__ = ["Adapter", "Given", "PositionRule", "Sampled", "Sequence", "Sink", "Status", "arange_positions"]
 
 PositionRule = Callable[[int, int], "NDArray[np.int64]"]
 
@@ -41,6 +41,15 @@ class Adapter:
     key: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     path: Path = Path()
     rank: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Rows (N, D) float32 that stand in for the embeddings of tokens start..start + N; other rows have another key."""
+
+    start: int
+    rows: NDArray[np.float32]
+    key: bytes
 
 
 class Status(Enum):
@@ -105,6 +114,7 @@ class Sequence:
         rope_length: what fixes dynamic RoPE, see `RopeConfig.dynamic_length`.
         salt: sequences share cached blocks only with equal salts.
         adapter: what the model adds for it, if anything.
+        given: what stands in for embeddings of its tokens, such as images.
         score_prompt: report the log-probability of every prompt token, and `sampling.logprobs` alternatives to each.
         pool: generate nothing, but report in `pooled`, as float64: the last token's hidden state (D,), the mean of all
             tokens' (D,), or the value that the head of a reward model gives the last (1,).
@@ -128,6 +138,7 @@ class Sequence:
     rope_length: int = 0
     salt: bytes = b""
     adapter: Adapter | None = None
+    given: tuple[Given, ...] = ()
     score_prompt: bool = False
     pool: Literal["last", "mean", "value"] | None = None
     follows: Sequence | None = None

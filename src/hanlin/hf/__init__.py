@@ -45,11 +45,17 @@ from hanlin.hf.llama import (  # noqa: E402
     InternLMTokenizer,
 )
 from hanlin.hf.register import register  # noqa: E402
+from hanlin.hf.visualglm import (  # noqa: E402
+    VISUALGLM,
+    ChatGLMForConditionalGenerationWithImage,
+    VisualGLMConfig,
+)
 
 __all__ = [
     "ChatGLM4Tokenizer",
     "ChatGLMConfig",
     "ChatGLMForConditionalGeneration",
+    "ChatGLMForConditionalGenerationWithImage",
     "ChatGLMModel",
     "ChatGLMTokenizer",
     "InternLM2Config",
@@ -67,7 +73,8 @@ __all__ = [
     "InternLMForCausalLM",
     "InternLMModel",
     "InternLMTokenizer",
+    "VisualGLMConfig",
     "load_model_on_gpus",
 ]
 
-register(FAMILY, CHATGLM, CHATGLM2, INTERNLM, INTERNLM3)
+register(FAMILY, CHATGLM, VISUALGLM, CHATGLM2, INTERNLM, INTERNLM3)

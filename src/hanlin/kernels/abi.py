@@ -52,6 +52,9 @@ class StepStruct(ctypes.Structure):
         ("top_ids", _P),
         ("log_sum_exp", _P),
         ("adapters", _P),
+        ("embeddings", _P),
+        ("embedding_rows", _P),
+        ("n_embeddings", _I32),
     )
 
 

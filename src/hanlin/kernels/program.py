@@ -62,6 +62,8 @@ class Step:
         rows: (R,) int32, the tokens whose logits are wanted, each at most once.
         states: the last so many of the rows are wanted as hidden states alone.
         adapters: of every sequence, from `Program.adapter`; empty when none has one.
+        embeddings: (E, D) float32, rows that stand in for embeddings of ids; None for none.
+        embedding_rows: (T,) int32, which of them stands in for each token's, -1 for none; None with `embeddings`.
     """
 
     ids: Any
@@ -72,6 +74,8 @@ class Step:
     adapters: Sequence[PackedAdapter | None] = ()
     cos: Any = None
     sin: Any = None
+    embeddings: Any = None
+    embedding_rows: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,7 @@ class Program:
         self._weights: list[PackedWeight] = []
         self._keep: list[Any] = []
         self._handle = 0
-        self._rotary = 0
+        self._rotary = self._width = 0
         self.max_tokens = 0
         self.vocabulary = self.hidden_size = 0
 
@@ -117,6 +121,7 @@ class Program:
 
     def embed(self, table: Any) -> Buffer:
         """Rows `ids` of a PackedWeight (V, D), or of a float32, float16 or bfloat16 array (V, D)."""
+        self._width = int(table.in_ if isinstance(table, PackedWeight) else table.shape[1])
         if isinstance(table, PackedWeight):
             return self._make(_EMBED, table.in_, weight=self._weight(table))
         rows, width = table.shape
@@ -276,6 +281,10 @@ class Program:
             addresses = [adapter.address if adapter else None for adapter in step.adapters]
             adapters = (ctypes.c_void_p * len(addresses))(*addresses)
             struct.adapters = ctypes.addressof(adapters)
+        if step.embeddings is not None:
+            given = struct.n_embeddings = len(step.embeddings)
+            struct.embeddings = _pointer(step.embeddings, "embeddings", ("float32",), (given, self._width))
+            struct.embedding_rows = _pointer(step.embedding_rows, "embedding_rows", ("int32",), (tokens,))
         if logits is None:
             logits = np.empty((scored, self.vocabulary), np.float32)
         struct.logits = _pointer(logits, "logits", ("float32",), (scored, self.vocabulary))

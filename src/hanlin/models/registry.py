@@ -72,6 +72,14 @@ FAMILIES: Mapping[str, Family] = {
         transformers="`hanlin.hf`",
         layout="layout",
     ),
+    "visualglm": Family(
+        module="hanlin.models.visualglm",
+        cls="ChatGLMForConditionalGenerationWithImage",
+        released="VisualGLM-6B: questions about an image",
+        chat="`问：` and `答：`, or `Q:` and `A:`, with an image",
+        transformers="`hanlin.hf`",
+        layout="layout",
+    ),
     "chatglm2": Family(
         module="hanlin.models.chatglm2",
         cls="ChatGLM2ForConditionalGeneration",
@@ -127,6 +135,8 @@ class Decoder(Protocol):
 def family_name(values: Mapping[str, Any]) -> object:
     """The name in `FAMILIES` of a `config.json`: its `model_type`, which ChatGLM-6B and all later ones share."""
     name = values.get("model_type")
+    if name == "chatglm" and values.get("eva_config") is not None:
+        return "visualglm"
     later = "padded_vocab_size" in values or "multi_query_attention" in values
     return "chatglm2" if name == "chatglm" and later else name
 
@@ -157,11 +167,16 @@ def layout_of(config: DecoderConfig) -> Callable[[Sequence[int]], Layout] | None
     return lambda ids: rule(config, ids)
 
 
-def build(config: DecoderConfig, *, dtype: torch.dtype) -> nn.Module:
-    """The family's model on the meta device: shapes and dtypes, no memory."""
+def build(config: DecoderConfig, *, dtype: torch.dtype, encoder: torch.dtype | None = None) -> nn.Module:
+    """The family's model on the meta device: shapes and dtypes, no memory.
+
+    `encoder` is the dtype of the large weights of an image encoder, if there is one; the rest of it is float32 then.
+    """
     import torch
 
     family = family_of(config.model_type)
     with torch.device("meta"):
-        model = getattr(import_module(family.module), family.cls)(config)
-    return cast("nn.Module", model.to(dtype).eval().requires_grad_(False))
+        model = getattr(import_module(family.module), family.cls)(config).to(dtype)
+    if encoder is not None and hasattr(model, "image_encoder"):
+        model.image_encoder.keep(encoder)
+    return cast("nn.Module", model.eval().requires_grad_(False))

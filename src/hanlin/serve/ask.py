@@ -42,7 +42,9 @@ class Ask:
 
     @property
     def slow(self) -> bool:
-        """Whether to make its jobs is to compile what replies must look like."""
+        """Whether to make its jobs is to compile what replies must look like, or to look at images."""
+        if any(_shows(message) for message in self.messages or ()):
+            return True
         free = self.tool_choice in (None, "auto", "none") and self.response_format is None
         return not free or any(self.sampling.get(name) is not None for name in _CONSTRAINTS)
 
@@ -67,6 +69,11 @@ class Ask:
         if not self.suffix:
             return self.prompt
         return [llm.requests.infilled(prompt, self.suffix) for prompt in prompts_of(self.prompt)]
+
+
+def _shows(message: Message | Mapping[str, Any]) -> bool:
+    """Whether a message may hold an image."""
+    return bool(message.images) if isinstance(message, Message) else isinstance(message.get("content"), list)
 
 
 def arguments_of(call: ToolCall) -> Any:

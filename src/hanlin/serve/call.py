@@ -85,14 +85,13 @@ class Call:
         """Jobs made by `make`, which renders and tokenises; checked against the limits, with this key's salt.
 
         Args:
-            slow: what it does may take seconds: it compiles a constraint.
+            slow: what it does may take seconds: it compiles a constraint, or looks at images.
 
         Raises:
             RequestError, ApiError: what is wrong with the request; nothing was started then.
         """
         if slow:
-            loop = asyncio.get_running_loop()
-            jobs = list(await loop.run_in_executor(self.compilers, lambda: list(make(self.llm))))
+            jobs = await self.while_connected(self._compiled(make))
         else:
             jobs = await self._tokenised(lambda: list(make(self.llm)))
         return [self._checked(job, len(jobs)) for job in jobs]
@@ -223,6 +222,10 @@ class Call:
             self._outcome = None
         self._leave()
         self.lease.release()
+
+    async def _compiled(self, make: Callable[[LLM], Iterable[Job]]) -> list[Job]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.compilers, lambda: list(make(self.llm)))
 
     async def _tokenised(self, make: Callable[[], T]) -> T:
         long = int(self.request.headers.get("content-length") or _SHORT + 1) > _SHORT

@@ -275,6 +275,9 @@ typedef struct hl_step {
   int32_t* top_ids;           /* (R - N, top), or NULL when top is 0 */
   float* log_sum_exp;         /* (R - N,) of the logits, or NULL */
   const struct hl_adapter* const* adapters; /* (S,) what each sequence's tokens add, or NULL; see hl_adapter */
+  const float* embeddings;       /* (E, D) rows that stand in for embeddings of ids, or NULL */
+  const int32_t* embedding_rows; /* (T,) which of them stands in for a token's; -1: none. NULL when E is 0 */
+  int32_t n_embeddings;          /* E */
 } hl_step;
 
 /* out (T, heads * head_size) = softmax(scale * q k^T) v over the pool, whose slots hold the step's own keys and values
@@ -300,7 +303,7 @@ HL_API int32_t hl_attend(hl_ctx* ctx, const hl_kv* kv, const hl_step* step, int3
 /* A whole model as a flat list of operations over numbered buffers. Buffer b holds `widths[b]` floats for every token;
  * those that a GATHER makes, and what is computed from them, hold one row for every wanted token instead. */
 typedef enum hl_op_code {
-  HL_OP_EMBED = 0,  /* out = rows ids of `weight`, or of `table` where weight is -1 */
+  HL_OP_EMBED = 0,  /* out = rows ids of `weight`, or of `table` where weight is -1; or the step's `embeddings` */
   HL_OP_NORM = 1,   /* out = norm(in), `style` hl_norm_kind, with gain, bias, eps */
   HL_OP_LINEAR = 2, /* out = in @ weight.T + bias, `flags` HL_ADD, HL_SILU_MUL, HL_GELU */
   HL_OP_ROPE = 3,   /* in = q | k | v (heads, kv_heads, kv_heads times head_size): turn q in place and k, `style`

@@ -64,6 +64,11 @@ class Run {
     float* out = stage.out + r * stage.out_width;
     switch (op.code) {
       case HL_OP_EMBED:
+        if (step_.n_embeddings > 0 && step_.embedding_rows[r] >= 0) {
+          std::memcpy(out, step_.embeddings + step_.embedding_rows[r] * stage.out_width,
+                      static_cast<size_t>(stage.out_width) * 4);
+          return;
+        }
         if (stage.weight != nullptr) return unpack_row(*stage.weight, step_.ids[r], out);
         return ops_.widen(
             op.table_kind,
@@ -184,6 +189,11 @@ int32_t check(const hl_program& p, const hl_step& step) {
   for (int32_t t = 0; p.vocabulary > 0 && t < step.tokens; t++)
     if (step.ids[t] < 0 || step.ids[t] >= p.vocabulary)
       return fail(HL_ERR_ARGUMENT, "step: token %d has id %d, the vocabulary has %d", t, step.ids[t], p.vocabulary);
+  if (step.n_embeddings < 0 || (step.n_embeddings > 0 && (step.embeddings == nullptr || step.embedding_rows == nullptr)))
+    return fail(HL_ERR_ARGUMENT, "step: %d embeddings, but no rows of them", step.n_embeddings);
+  for (int32_t t = 0; step.n_embeddings > 0 && t < step.tokens; t++)
+    if (step.embedding_rows[t] < -1 || step.embedding_rows[t] >= step.n_embeddings)
+      return fail(HL_ERR_ARGUMENT, "step: token %d has embedding %d of %d", t, step.embedding_rows[t], step.n_embeddings);
   if (!p.pools.empty()) {
     const int64_t slots = int64_t{p.pools[0].blocks} * p.pools[0].block_size;
     for (int32_t t = 0; t < step.tokens; t++)

@@ -45,7 +45,7 @@ async function failure(answer) {
   return new ApiError(kind, String(message || `HTTP ${status} ${answer.statusText}`), { status, retryAfter: Number.isFinite(wait) ? wait : null });
 }
 
-/** The models served: [{ id, max_model_len? }]. */
+/** The models served: [{ id, max_model_len?, input_modalities? }]. */
 export async function listModels() {
   const { data } = await (await request("v1/models")).json();
   return (Array.isArray(data) ? data : []).filter((model) => typeof model?.id === "string");

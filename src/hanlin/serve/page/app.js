@@ -23,7 +23,7 @@ class App {
     this.panels = panels();
     this.runs = new Runs(chats, askKey);
     this.settings = new Settings((conversation) => chats.get(conversation.id) && this.saveSoon(conversation));
-    this.composer = new Composer({ send: (text) => this.send(text), stop: () => this.stop(), editLast: () => this.editLast() });
+    this.composer = new Composer({ send: (text, image) => this.send(text, image), stop: () => this.stop(), editLast: () => this.editLast() });
     this.transcript = new Transcript(
       {
         announce,
@@ -63,6 +63,7 @@ class App {
     });
     byId("model").addEventListener("change", (event) => this.settings.set(({ settings }) => (settings.model = event.target.value)));
     byId("model").addEventListener("change", () => this.context());
+    byId("model").addEventListener("change", () => this.senses());
     byId("theme").value = recall("theme") ?? "";
     byId("theme").addEventListener("change", (event) => this.theme(event.target.value));
     byId("language").value = currentLanguage();
@@ -126,6 +127,11 @@ class App {
     this.context();
   }
 
+  /** Which kinds of input the model takes: text, and, if it sees, images. */
+  senses() {
+    this.composer.pictures.allow(Boolean(this.models.find((model) => model.id === this.model)?.input_modalities?.includes("image")));
+  }
+
   /** How much of the model's context the conversation has filled. */
   context() {
     const last = path(this.current).findLast((node) => node.usage);
@@ -186,10 +192,11 @@ class App {
 
   // Saying something ----------------------------------------------------------------------------------------------
 
-  send(text) {
+  send(text, image) {
     if (this.busy || !this.model) return false;
     const first = !this.chats.get(this.current.id);
-    const node = addNode(this.current, this.current.leaf, { role: "user", content: text });
+    const shown = image ? { images: [image] } : {};
+    const node = addNode(this.current, this.current.leaf, { role: "user", content: text, ...shown });
     if (first) {
       this.composer.id = this.current.id;
       history.pushState(null, "", `#/${this.current.id}`);
@@ -213,7 +220,8 @@ class App {
 
   edit(node, text) {
     if (this.busy) return;
-    const { id } = addNode(this.current, node.parent, { role: "user", content: text });
+    const shown = node.images ? { images: node.images } : {};
+    const { id } = addNode(this.current, node.parent, { role: "user", content: text, ...shown });
     this.ask(id);
     this.composer.focus();
   }
@@ -284,6 +292,7 @@ class App {
     const options = names.map((name) => el("option", { value: name, text: name, selected: name === this.model }));
     byId("model").replaceChildren(...(options.length ? options : [el("option", { value: "", text: t("noModel") })]));
     byId("model").disabled = !options.length;
+    this.senses();
   }
 
   theme(name) {

@@ -2,11 +2,13 @@
 
 import { byId } from "./dom.js";
 import { t } from "./i18n.js";
+import { Pictures } from "./pictures.js";
 
 export class Composer {
-  /** `act`: send(text) -> whether it was taken, stop(), editLast(). */
+  /** `act`: send(text, image) -> whether it was taken, stop(), editLast(). */
   constructor(act) {
     this.act = act;
+    this.pictures = new Pictures(() => this.fit());
     this.area = byId("message");
     this.drafts = new Map();
     // On a telephone's keyboard the return key begins a new line, as people expect there.
@@ -40,8 +42,10 @@ export class Composer {
 
   send() {
     const text = this.area.value;
-    if (!text.trim() || this.busy || !this.act.send(text)) return;
+    const { picture } = this.pictures;
+    if (!(text.trim() || picture) || this.busy || !this.act.send(text, picture)) return;
     this.area.value = "";
+    this.pictures.set("");
     this.fit();
   }
 
@@ -49,13 +53,14 @@ export class Composer {
   fit() {
     this.area.style.height = "auto";
     this.area.style.height = `${this.area.scrollHeight}px`;
-    byId("send").disabled = !this.area.value.trim();
+    byId("send").disabled = !this.area.value.trim() && !this.pictures.picture;
   }
 
   /** Each conversation has a draft of its own, for as long as the page is open. */
   show(id) {
     if (this.id !== undefined) this.drafts.set(this.id, this.area.value);
     this.id = id;
+    this.pictures.set("");
     this.area.value = this.drafts.get(id) ?? "";
     this.fit();
   }

@@ -37,6 +37,7 @@ export const WORDS = {
     notKept: "The browser could not keep this conversation: {message}", notLasting: "This browser keeps no data for this page: conversations are lost when it is closed. Export what you need.",
     noModels: "The list of models could not be read.", again: "Try again", shortcuts: "Keys", keyNew: "New conversation", keyEditLast: "Edit the last message (when the box is empty)", keyStop: "Stop the reply",
     keySend: "Send", keyLine: "New line", running: "a reply is being written",
+    attach: "Attach an image", image: "Image", imageRemove: "Remove the image", imageWrong: "This image cannot be read.",
   },
   zh: {
     skip: "跳到输入框", conversations: "对话", newChat: "新对话", search: "搜索对话",
@@ -72,6 +73,7 @@ export const WORDS = {
     notKept: "浏览器无法保存这个对话：{message}", notLasting: "这个浏览器不为本页保存数据：关闭页面后对话会丢失。请导出需要的内容。",
     noModels: "无法读取模型列表。", again: "重试", shortcuts: "快捷键", keyNew: "新对话", keyEditLast: "编辑上一条消息（输入框为空时）", keyStop: "停止回答",
     keySend: "发送", keyLine: "换行", running: "正在回答",
+    attach: "添加图片", image: "图片", imageRemove: "移除图片", imageWrong: "无法读取这张图片。",
   },
 };
 

@@ -32,7 +32,9 @@ export class MessageView {
 
   words() {
     const { node, root, act } = this;
-    root.append(el("h2", { class: "visually-hidden", text: t("you") }), el("div", { class: "words", dir: "auto", text: node.content }));
+    const shown = (node.images ?? []).map((src) => el("img", { class: "shown", src, alt: t("image") }));
+    root.append(el("h2", { class: "visually-hidden", text: t("you") }), ...shown);
+    if (node.content || !shown.length) root.append(el("div", { class: "words", dir: "auto", text: node.content }));
     const edit = iconButton("edit", t("edit"), () => this.edit(), { class: "icon-button edit" });
     root.append(el("div", { class: "tools-below" }, this.copyButton(), act.busy() ? null : edit, this.versions()));
   }
@@ -138,7 +140,7 @@ export class MessageView {
       this.build();
       root.querySelector(".edit")?.focus();
     };
-    const send = () => (area.value.trim() ? act.edit(node, area.value) : cancel());
+    const send = () => (area.value.trim() || node.images ? act.edit(node, area.value) : cancel());
     area.addEventListener("keydown", (event) => {
       if (event.isComposing || event.keyCode === 229) return;
       if (event.key === "Enter" && !event.shiftKey) {

@@ -1,12 +1,14 @@
 // A conversation as plain data: a tree of messages, of which one path is shown. Editing or asking again adds a branch.
 //
 // conversation: { id, title, created, updated, system, settings, tools, nodes: { id: node }, leaf }
-// node: { id, parent, role, content, at, ... }; a reply also has model, tool_calls, state, usage, timing, error
+// node: { id, parent, role, content, at, ... }; a reply also has model, tool_calls, state, usage, timing, error; a
+// question may have images, as data URIs
 
 import { newId } from "./dom.js";
+import { isPicture } from "./pictures.js";
 
 export const FORMAT = "hanlin-conversations";
-const MOST = { conversations: 10000, nodes: 20000, text: 8 << 20, calls: 128 };
+const MOST = { conversations: 10000, nodes: 20000, text: 8 << 20, calls: 128, images: 8 };
 const STATES = ["running", "done", "length", "stopped", "error"];
 const ROLES = ["user", "assistant", "tool"];
 
@@ -66,9 +68,15 @@ export function messagesFor(conversation, id) {
     const calls = node.tool_calls?.length ? node.tool_calls : null;
     if (node.role === "assistant" && !node.content && !calls) continue; // a reply that failed
     if (node.role === "tool") out.push({ role: "tool", content: node.content, tool_call_id: node.tool_call_id });
-    else out.push({ role: node.role, content: node.content, ...(calls ? { tool_calls: calls } : {}) });
+    else out.push({ role: node.role, content: contentOf(node), ...(calls ? { tool_calls: calls } : {}) });
   }
   return out;
+}
+
+/** What was said, and what was shown with it. */
+function contentOf({ content, images }) {
+  if (!images?.length) return content;
+  return [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: content }];
 }
 
 /** What a conversation is called until somebody names it: its first words. */
@@ -140,6 +148,8 @@ function nodeFrom(given) {
   const id = identifier(item.id);
   if (!id || !ROLES.includes(item.role)) return null;
   const node = { id, parent: identifier(item.parent), role: item.role, content: string(item.content), at: number(item.at, 0) };
+  const images = item.role === "user" && Array.isArray(item.images) ? item.images.filter(isPicture).slice(0, MOST.images) : [];
+  if (images.length) node.images = images;
   if (typeof item.model === "string") node.model = item.model.slice(0, 300);
   if (typeof item.tool_call_id === "string") node.tool_call_id = item.tool_call_id.slice(0, 300);
   if (typeof item.name === "string") node.name = item.name.slice(0, 300);

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
+from hanlin import images
 from hanlin.errors import RequestError
 from hanlin.serve.ask import Ask, arguments_of
 from hanlin.serve.body import JsonRoute
@@ -83,7 +84,8 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
 async def count_tokens(request: Request, body: CountRequest) -> dict[str, int]:
     """How many tokens the prompt has."""
     async with await service_of(request).open(request, body.model) as call:
-        (job,) = await call.prepare(_ask(body).jobs)
+        ask = _ask(body)
+        (job,) = await call.prepare(ask.jobs, slow=ask.slow)
         return {"input_tokens": len(job.ids)}
 
 
@@ -127,11 +129,14 @@ def _turns(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
         return [{"role": message.role, "content": message.content}]
     out: list[dict[str, Any]] = []
     texts: list[str] = []
+    pictures: list[bytes] = []
     calls: list[dict[str, Any]] = []
     for index, block in enumerate(message.content):
         kind, place = block.get("type"), f"{where}.content.{index}"
         if kind == "text" and isinstance(block.get("text"), str):
             texts.append(block["text"])
+        elif kind == "image" and message.role == "user":
+            pictures.append(_image(block.get("source"), place))
         elif kind == "tool_use" and message.role == "assistant":
             function = {
                 "name": block.get("name"),
@@ -143,9 +148,23 @@ def _turns(message: AnthropicMessage, where: str) -> list[dict[str, Any]]:
             out.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         elif kind not in ("thinking", "redacted_thinking"):
             raise RequestError(f"{place}: blocks of type {kind!r} cannot be read here")
-    if texts or calls or not out:
-        out.append({"role": message.role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})})
+    if texts or calls or pictures or not out:
+        content: Any = "".join(texts)
+        if pictures:
+            content = [{"type": "image", "image": each} for each in pictures] + [{"type": "text", "text": content}]
+        out.append({"role": message.role, "content": content, **({"tool_calls": calls} if calls else {})})
     return out
+
+
+def _image(source: Any, where: str) -> bytes:
+    """An image that comes with the request; no address is ever asked for one."""
+    kind = source.get("type") if isinstance(source, Mapping) else None
+    if kind != "base64" or not isinstance(source.get("data"), str):
+        raise RequestError(f"{where}: the source of an image must be of type 'base64', with its data, not {kind!r}")
+    try:
+        return images.from_base64(source["data"])
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from error
 
 
 def _text(blocks: Any, where: str) -> str:

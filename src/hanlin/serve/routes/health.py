@@ -67,4 +67,5 @@ def _model(name: str, served: Served, adapter: str | None) -> dict[str, Any]:
         "parent": served.name if adapter else None,
         "max_model_len": served.llm.llm.context_length if served.llm else None,
         "loaded": served.llm is not None,
+        "input_modalities": None if served.llm is None else ["text", *(["image"] if served.llm.llm.sees else [])],
     }

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from hanlin import __version__
+from hanlin import __version__, images
 from hanlin.errors import RequestError, problems
 from hanlin.serve.ask import Ask, arguments_of
 from hanlin.serve.body import JsonRoute
@@ -127,7 +127,12 @@ async def show(request: Request, body: ShowRequest) -> dict[str, Any]:
                 f"{config.model_type}.attention.head_count_kv": config.num_kv_heads,
                 f"{config.model_type}.vocab_size": config.vocab_size,
             },
-            "capabilities": ["completion", *(["tools"] if chats else []), "embedding"],
+            "capabilities": [
+                "completion",
+                *(["tools"] if chats else []),
+                *(["vision"] if call.llm.sees else []),
+                "embedding",
+            ],
             "modified_at": _stamp(call.lease.served.created),
         }
 
@@ -160,9 +165,9 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
         f"{name} {why}"
         for name, why in (
             ("template", "is not taken from requests"),
-            ("images", "cannot be read by this model"),
+            ("images", "cannot go with a raw prompt") if body.raw else ("", ""),
         )
-        if getattr(body, name)
+        if name and getattr(body, name)
     ]
     if found:
         raise RequestError(problems("request", found))
@@ -173,7 +178,7 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
         ask = Ask(prompt=[body.prompt], suffix=body.suffix, sampling=sampling, response_format=wanted)
     else:
         turns = [{"role": "system", "content": body.system}] if body.system else []
-        turns.append({"role": "user", "content": body.prompt})
+        turns.append(_message({"role": "user", "content": body.prompt, "images": body.images}, 0))
         ask = Ask(messages=turns, sampling=sampling, response_format=wanted)
     return await _answer(request, body, ask, lambda text, calls: {"response": text})
 
@@ -281,9 +286,13 @@ def _format(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if message.get("images"):
-        raise RequestError(f"messages.{index}: images cannot be read by this model")
-    out = dict(message)
+    out = {key: value for key, value in message.items() if key != "images"}
+    given = message.get("images")
+    if given:
+        if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+            raise RequestError(f"messages.{index}: images must be a list of base64 texts")
+        pictures = [{"type": "image", "image": images.from_base64(each)} for each in given]
+        out["content"] = [*pictures, {"type": "text", "text": str(out.get("content") or "")}]
     if out.get("role") == "tool" and out.get("tool_name") and not out.get("name"):
         out["name"] = out["tool_name"]
     return out

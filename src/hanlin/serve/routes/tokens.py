@@ -88,7 +88,8 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any
 async def apply_template(request: Request, body: TemplateRequest) -> dict[str, Any]:
     """A conversation as the model would see it, as text and as ids."""
     async with await service_of(request).open(request, body.model) as call:
-        (job,) = await call.prepare(Ask(messages=body.messages, tools=body.tools).jobs)
+        ask = Ask(messages=body.messages, tools=body.tools)
+        (job,) = await call.prepare(ask.jobs, slow=ask.slow)
         return {"prompt": call.llm.tokenizer.decode(job.ids, skip_special=False), "tokens": list(job.ids)}
 
 
@@ -125,7 +126,8 @@ async def _ids(call: Call, body: TokenizeRequest) -> tuple[int, ...]:
     if text is not None:
         encode = call.llm.tokenizer.encode
         return tuple(encode(text, add_special=body.add_special_tokens, parse_special=body.parse_special))
-    (job,) = await call.prepare(Ask(messages=body.messages, tools=body.tools).jobs)
+    ask = Ask(messages=body.messages, tools=body.tools)
+    (job,) = await call.prepare(ask.jobs, slow=ask.slow)
     return job.ids
 
 

@@ -8,21 +8,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hanlin.errors import problems
+from hanlin import images
+from hanlin.errors import RequestError, problems
 from hanlin.serve.errors import ApiError
 from hanlin.serve.schemas.sampling import Body, SamplingBody
 from hanlin.types import Message, Tool, ToolCall
 
-__all__ = ["ChatBody", "ChatMessage", "FunctionCall", "Part", "call_of", "chosen", "read_tools", "text_of"]
+__all__ = ["ChatBody", "ChatMessage", "FunctionCall", "Part", "call_of", "chosen", "images_of", "read_tools", "text_of"]
 
 _ROLES = {"developer": "system", "function": "tool", "environment": "tool", "observation": "tool"}
 _MOST_TOOLS = 256
+_IMAGES = ("image_url", "input_image")
 
 
 class Part(Body):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | dict[str, Any] | None = None
+    detail: Any = None
 
 
 class FunctionCall(Body):
@@ -137,7 +141,7 @@ class ChatBody(SamplingBody):
 
     def conversation(self, tools: tuple[Tool, ...]) -> list[Message]:
         """Raises:
-        ApiError: naming every part that is not text.
+        ApiError: naming every part that is neither text nor an image.
         """
         interpreters = {tool.name for tool in tools if tool.kind == "interpreter"}
         found: list[str] = []
@@ -196,22 +200,41 @@ def _message(message: ChatMessage, where: str, interpreters: set[str], found: li
         name=message.name or None,
         tool_calls=tuple(calls),
         tool_call_id=message.tool_call_id,
+        images=images_of(message.content, where, found),
     )
 
 
 def text_of(content: str | list[Part] | None, where: str, found: list[str]) -> str:
-    """The text of a content; what is wrong with its parts is added to `found`."""
+    """The text of a content; what is wrong with its parts is added to `found`, but for images, see `images_of`."""
     if not isinstance(content, list):
         return content or ""
     texts = []
     for index, part in enumerate(content):
+        if part.type in _IMAGES:
+            continue
         text = part.refusal if part.type == "refusal" else part.text
         if part.type not in ("text", "input_text", "output_text", "refusal"):
-            found.append(f"{where}.content.{index}: parts of type {part.type[:40]!r} cannot be read, only text")
+            found.append(
+                f"{where}.content.{index}: parts of type {part.type[:40]!r} cannot be read, only text and images"
+            )
         elif text is None:
             found.append(f"{where}.content.{index}: a part of type {part.type!r} needs its text")
         texts.append(text or "")
     return "".join(texts)
+
+
+def images_of(content: str | list[Part] | None, where: str, found: list[str]) -> tuple[bytes, ...]:
+    """The images of a content, as files; what is wrong with them is added to `found`. Only data URIs: no address that a
+    request names is ever asked."""
+    out = []
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        try:
+            image = images.of_part({"type": part.type, "image_url": part.image_url}) if part.type in _IMAGES else None
+        except RequestError as error:
+            found.append(f"{where}.content.{index}: {part.type}: {error}")
+            continue
+        out += [] if image is None else [image]
+    return tuple(out)
 
 
 def call_of(function: FunctionCall, call_id: str, interpreters: set[str]) -> ToolCall:

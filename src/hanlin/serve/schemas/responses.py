@@ -10,7 +10,7 @@ from pydantic import Field
 from hanlin.errors import problems
 from hanlin.serve.ask import Ask
 from hanlin.serve.errors import ApiError
-from hanlin.serve.schemas.chat import FunctionCall, Part, call_of, chosen, read_tools, text_of
+from hanlin.serve.schemas.chat import FunctionCall, Part, call_of, chosen, images_of, read_tools, text_of
 from hanlin.serve.schemas.sampling import Body, SamplingBody
 from hanlin.types import Message
 
@@ -142,15 +142,16 @@ def _add(out: list[Message], item: Item, where: str, interpreters: set[str], fou
     """Add an item to the conversation. Calls belong to the assistant's turn in front of them."""
     if item.type == "message" and item.role is not None:
         role = "system" if item.role == "developer" else item.role
-        out.append(Message(role=role, content=text_of(item.content, where, found)))
+        pictures = images_of(item.content, where, found)
+        out.append(Message(role=role, content=text_of(item.content, where, found), images=pictures))
     elif item.type == "function_call" and item.name:
         call = call_of(FunctionCall(name=item.name, arguments=item.arguments), item.call_id or "", interpreters)
         if not out or out[-1].role != "assistant":
             out.append(Message(role="assistant"))
         out[-1] = replace(out[-1], tool_calls=(*out[-1].tool_calls, call))
     elif item.type == "function_call_output" and item.output is not None:
-        content = text_of(item.output, where, found)
-        out.append(Message(role="tool", content=content, tool_call_id=item.call_id))
+        content, pictures = text_of(item.output, where, found), images_of(item.output, where, found)
+        out.append(Message(role="tool", content=content, tool_call_id=item.call_id, images=pictures))
     elif item.type in ("message", "function_call", "function_call_output"):
         needs = {"message": "role", "function_call": "name", "function_call_output": "output"}[item.type]
         found.append(f"{where}: an item of type {item.type!r} needs {needs!r}")
