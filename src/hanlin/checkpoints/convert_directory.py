@@ -112,6 +112,7 @@ class DirectoryTarget:
                     wrong.append(f"'{name}' does not read as it was written")
                 done += value.nbytes
                 progress(min(done, total), total)
+                del value, again
             if wrong:
                 fail(path, wrong, "The disk or the memory of this machine is at fault. Nothing was kept.")
             before, after = probe(self.weights), probe(written)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hanlin.checkpoints.base import MAX_TENSORS, TensorInfo, fail, shown
+from hanlin.checkpoints.base import DTYPES, MAX_TENSORS, TensorInfo, fail, shown
 from hanlin.checkpoints.bin_file import BinFile, read_configuration
 from hanlin.checkpoints.internevo_names import CONFIGURATION, FAMILIES, FILE, Names, to_halves
 from hanlin.checkpoints.stored import StoredFile
@@ -93,10 +93,19 @@ class _Joined:
         return None
 
     def load(self) -> Tensor:
-        values = [file.load(name) for file, name in self.pieces[: None if self.axis is not None else 1]]
-        if self.part is not None:
-            values = [value.chunk(3)[self.part] for value in values]
-        return torch.cat(values, self.axis or 0) if len(values) > 1 else values[0].contiguous()
+        if self.axis is None or len(self.pieces) == 1:
+            return self._piece(*self.pieces[0]).contiguous()
+        (dtype,) = self.dtypes
+        whole, start = torch.empty(self.shape(), dtype=DTYPES[dtype]), 0
+        for piece in self.pieces:  # no more than one at a time is in memory twice
+            value = self._piece(*piece)
+            whole.narrow(self.axis, start, value.shape[self.axis]).copy_(value)
+            start += value.shape[self.axis]
+        return whole
+
+    def _piece(self, file: BinFile, name: str) -> Tensor:
+        value = file.load(name)
+        return value if self.part is None else value.chunk(3)[self.part]
 
 
 class InternEvoSource:

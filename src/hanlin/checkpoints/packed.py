@@ -268,8 +268,8 @@ def _slot(number: int, value: Any, found: list[str]) -> _Slot | None:
         return None
     kind, group, out, in_ = (value.get(name) for name in ("kind", "group", "out", "in"))
     weights, biases = value.get("weights"), value.get("biases")
-    sizes = all(type(n) is int and 0 < n < _MOST for n in (out, in_)) and type(group) is int
-    if kind in _GROUPED:
+    sizes = all(type(n) is int and 0 < n < _MOST for n in (out, in_)) and type(group) is int and isinstance(kind, str)
+    if sizes and kind in _GROUPED:
         good = sizes and group in (32, 64, 128) and in_ % group == 0
     else:
         good = sizes and kind in ("F32", "BF16", "INT8_ROW") and group == 0

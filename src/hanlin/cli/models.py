@@ -112,9 +112,11 @@ def show(
 ) -> None:
     """Show what a model on this disk is. Only headers are read, no weights."""
     location = hub.resolve(model, fetch=False)
+    from hanlin.checkpoints.packed import KEY, PackedSource
     from hanlin.checkpoints.source import open_source
 
-    with open_source(location.path) as source:
+    with open_source(location.path) as stored:
+        source = PackedSource(stored) if KEY in stored.metadata else stored
         facts = describe(location, source)
         rows = [(info.name, list(info.shape), info.dtype, info.nbytes) for info in source.infos.values()]
     if as_json:
@@ -144,6 +146,8 @@ def describe(location: hub.Location, source: TensorSource) -> dict[str, Any]:
         name, licence = source.metadata.get("general.name"), source.metadata.get("general.license")
     else:
         name, licence = location.path.resolve().name, _licence(location.path)
+        if location.path.parent.name == "snapshots":  # a cache's directory is named after the revision
+            name = location.id.partition("@")[0].rpartition("/")[2]
 
     def first(*keys: str) -> Any:
         return next((values[key] for key in keys if values.get(key) is not None), None)
