@@ -11,17 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import chatglm2_directory
+import chatglm_directory
 import hanlin
+from hanlin.checkpoints.load import load_model
 from hanlin.checkpoints.quantisation import read_quantisation
 from hanlin.checkpoints.quantised import QuantisedSource
+from hanlin.checkpoints.row_quantised import RowQuantisedSource
 from hanlin.checkpoints.source import open_source
 from hanlin.cli.main import main
 from hanlin.compress.calibration import Windows, read_windows
 from hanlin.compress.formats import FORMATS, Format, configuration, tensors
 from hanlin.compress.grid import Grid
-from hanlin.compress.methods import Inputs, clipped, gptq, output_error, smoothing
+from hanlin.compress.methods import Inputs, balancing, clipped, gptq, output_error, smoothing
 from hanlin.compress.quantise import Settings, quantise
 from hanlin.errors import CheckpointError, ConfigError
+from hanlin.layers.attend import PackedAttend
+from hanlin.layers.rope import Positions
 from hanlin.tokenizers import load_tokenizer
 from hf_directory import make_directory
 from quantised_files import stream
@@ -95,7 +101,7 @@ def test_every_format_reads_back_as_it_was_meant(
     save_file({f"a.{end}": tensor for end, tensor in files.items()}, tmp_path / "model.safetensors")
     config = configuration(form, grid, [])
     with open_source(tmp_path) as base:
-        source = QuantisedSource(base, read_quantisation(config, tmp_path))
+        source = QuantisedSource(base, read_quantisation(config["quantization_config"], tmp_path))
         assert source.infos["a.weight"].dtype != "FEW_BITS"
         assert torch.equal(source.load("a.weight"), grid.values(quantised))
     # The same once more, packed by what shares nothing with the writer.
@@ -110,6 +116,77 @@ def test_every_format_reads_back_as_it_was_meant(
     else:
         assert torch.equal(files["weight_packed"], stream(codes, bits))
         assert ("weight_zero_point" in files) == (not symmetric)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_are_stored_as_chatglm_releases_them(bits: int, tmp_path: Path) -> None:
+    values = chatglm_directory.config()
+    dense = {name: tensor.half() for name, tensor in chatglm_directory.weights(values).items()}
+    source = chatglm_directory.write(tmp_path / "m", values, dense)
+    report = quantise(source, tmp_path / "q", Settings(method="rtn", bits=bits))
+    assert report.settings["format"] == "chatglm" and len(report.rows) == 2 * 4
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_bit"] == bits and "quantization_config" not in config
+    made = load_file(tmp_path / "q" / "model.safetensors")
+    wanted = chatglm_directory.quantised({name: tensor.float() for name, tensor in dense.items()}, bits)
+    assert set(made) == {name for name in wanted if not name.endswith("inv_freq")}  # which the released code ignores
+    for name, tensor in made.items():
+        assert tensor.dtype is wanted[name].dtype and torch.equal(tensor, wanted[name]), name
+    with open_source(tmp_path / "q") as files:
+        name = "transformer.layers.1.mlp.dense_4h_to_h.weight"
+        read = RowQuantisedSource(files, bits).load(name)
+    error = (read - dense[name].float()).abs().amax(1) / made[f"{name}_scale"].float()
+    assert float(error.max()) <= 0.501
+    with pytest.raises(ConfigError, match=r"quantised already \(ChatGLM's own\)"):
+        quantise(tmp_path / "q", tmp_path / "again", Settings(method="rtn"))
+    with pytest.raises(ConfigError, match="ChatGLM-6B takes method rtn without text"):
+        quantise(source, tmp_path / "again", Settings(group_size=32), windows=windows())
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "group"), [("rtn", "chatglm", None), ("awq", "awq", 8), ("gptq", "gptq", 8)]
+)
+def test_chatglm2_takes_every_method(method: Any, form: Format, group: int | None, tmp_path: Path) -> None:
+    values = chatglm2_directory.config()
+    source = chatglm2_directory.write(tmp_path / "m", values, chatglm2_directory.weights(values))
+    ids = np.random.default_rng(0).integers(3, values["padded_vocab_size"] - 1, (4, 16))
+    text = None if method == "rtn" else Windows(ids[:3], ids[3:])
+    report = quantise(source, tmp_path / "q", Settings(method=method, group_size=group), windows=text)
+    assert report.settings["format"] == form and len(report.rows) == 4 * values["num_layers"]
+    loaded = load_model(tmp_path / "q", dtype=torch.float32, device=torch.device("cpu"))
+    dense = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    outputs = [
+        read.model.head(read.model(torch.from_numpy(ids[3]), Positions(torch.arange(16)[None]), PackedAttend([16])))
+        for read in (loaded, dense)
+    ]
+    assert float((outputs[0] - outputs[1]).norm() / outputs[1].norm()) < 0.3
+    if method == "awq":  # up, which is fused with gate, was divided by what down was multiplied by
+        norm = "transformer.encoder.layers.0.input_layernorm.weight"
+        parameters = [dict(read.model.named_parameters()) for read in (loaded, dense)]
+        assert not torch.allclose(parameters[0][norm], parameters[1][norm], atol=1e-3)
+
+
+def test_smoothquant_evens_out_what_comes_in(tmp_path: Path, layer: Any) -> None:
+    weight, inputs = layer
+    factors = balancing([weight], inputs)
+    loud, columns = inputs.most / factors, (weight * factors).abs().amax(0)
+    assert float(loud.max() / loud.min()) < 0.5 * float(inputs.most.max() / inputs.most.min())
+    torch.testing.assert_close(loud / loud.mean(), columns / columns.mean(), rtol=1e-3, atol=1e-3)
+    source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
+    quantise(source, tmp_path / "q", Settings(method="smoothquant", bits=8), windows=windows())
+    config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized"
+    scheme = config["config_groups"]["group_0"]
+    assert scheme["weights"]["strategy"] == "channel" and scheme["input_activations"]["strategy"] == "token"
+    made = load_file(tmp_path / "q" / "model.safetensors")
+    name = "model.layers.0.attention.wqkv.weight"
+    assert made[name].dtype is torch.int8 and made[f"{name}_scale"].shape == (len(made[name]), 1)
+    with (
+        hanlin.load(tmp_path / "q", weights="float32", cache_bytes=1 << 20) as llm,
+        hanlin.load(source, weights="float32", cache_bytes=1 << 20) as dense,
+    ):
+        ids = windows().evaluation[0].tolist()
+        assert llm.score([ids])[0].total == pytest.approx(dense.score([ids])[0].total, rel=0.02)
 
 
 def windows(count: int = 6) -> Windows:
@@ -187,8 +264,14 @@ def test_interrupted_work_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> No
 def test_what_cannot_be_done_is_told_with_the_remedy(tmp_path: Path) -> None:
     source = make_directory(tmp_path / "m", tokenizer="small", **SIZES)
     out = tmp_path / "q"
-    with pytest.raises(ConfigError, match="needs text to calibrate on: --calibration FILE"):
+    with pytest.raises(ConfigError, match=r"(?s)needs text to calibrate on.*--calibration FILE"):
         quantise(source, out, Settings(group_size=32))
+    with pytest.raises(ConfigError, match=r"(?s)64 columns.*method 'awq' needs text.*--group-size 32 fits.*--calib"):
+        quantise(source, out, Settings(group_size=128))  # all at once
+    with pytest.raises(ConfigError, match="ChatGLM's own format is for chatglm and chatglm2, not 'internlm2'"):
+        quantise(source, out, Settings(method="rtn", format="chatglm"))
+    with pytest.raises(ConfigError, match=r"(?s)smoothquant is for 8 bits.*group_size must be left out.*zero points"):
+        Settings(method="smoothquant", group_size=32, symmetric=False)
     with pytest.raises(ConfigError, match=r"(?s)64 columns.*96 columns.*--group-size 32 fits"):
         quantise(source, out, Settings(method="rtn", group_size=128))
     with pytest.raises(ConfigError) as raised:
@@ -246,7 +329,13 @@ def test_the_command_line_and_lmdeploys(tmp_path: Path, capsys: Any) -> None:
     options = ("--calibration", str(text), "--group-size", "32", "--samples", "4", "--length", "32")
     status, said = run(capsys, "quantize", str(source), str(tmp_path / "a"), *options)
     assert status == 0 and "Perplexity" in said and str(tmp_path / "a") in said
-    options = ("--calib-dataset", str(text), "--w-group-size", "32", "--calib-samples", "4", "--calib-seqlen", "32")
+    options = ("--calib-dataset", str(text), "--calib-samples", "4", "--calib-seqlen", "32")
+    status, said = run(capsys, "lite", "smooth_quant", str(source), "--work-dir", str(tmp_path / "s"), *options)
+    stored = json.loads((tmp_path / "s" / "config.json").read_text())["quantization_config"]
+    assert status == 0 and stored["format"] == "int-quantized"
+    status, said = run(capsys, "lite", "calibrate", str(source), "--work-dir", "x")
+    assert status == 1 and "as they quantise" in said
+    options = (*options, "--w-group-size", "32")
     status, said = run(capsys, "lite", "auto_gptq", str(source), "--work-dir", str(tmp_path / "b"), *options)
     assert status == 0 and (tmp_path / "b" / "tokenizer.model").is_file()
     config = json.loads((tmp_path / "b" / "config.json").read_text())
@@ -258,4 +347,4 @@ def test_the_command_line_and_lmdeploys(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_all_formats_are_covered() -> None:
-    assert set(FORMATS) == {"awq", "gptq", "compressed-tensors"}
+    assert set(FORMATS) == {"awq", "gptq", "compressed-tensors", "chatglm"}

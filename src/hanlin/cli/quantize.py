@@ -1,4 +1,4 @@
-"""`hanlin quantize`, and LMDeploy's `lite auto_awq` and `lite auto_gptq` in its words."""
+"""`hanlin quantize`, and LMDeploy's `lite auto_awq`, `auto_gptq` and `smooth_quant` in its words."""
 
 from __future__ import annotations
 
@@ -27,22 +27,34 @@ class Method(str, Enum):
     rtn = "rtn"
     awq = "awq"
     gptq = "gptq"
+    smoothquant = "smoothquant"
 
 
 class Format(str, Enum):
     awq = "awq"
     gptq = "gptq"
     compressed = "compressed-tensors"
+    chatglm = "chatglm"
 
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a hub id, or a name.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that is not there yet.")],
-    method: Annotated[Method, typer.Option(help="rtn needs no text; awq and gptq cost less quality.")] = Method.awq,
-    bits: Annotated[int, typer.Option("--bits", "--w-bits", help="4 or 8.", rich_help_panel=_STORED)] = 4,
+    method: Annotated[Method, typer.Option(help="rtn needs no text; the others cost less quality.")] = Method.awq,
+    bits: Annotated[
+        int | None,
+        typer.Option("--bits", "--w-bits", help="4 or 8.", show_default="4; smoothquant: 8", rich_help_panel=_STORED),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", "--w-group-size", help="Columns with one scale.", rich_help_panel=_STORED)
-    ] = 128,
+        int | None,
+        typer.Option(
+            "--group-size",
+            "--w-group-size",
+            help="Columns with one scale.",
+            show_default="128; smoothquant and ChatGLM's own format: a row",
+            rich_help_panel=_STORED,
+        ),
+    ] = None,
     form: Annotated[
         Format | None,
         typer.Option("--format", help="How it is stored.", show_default="the method's", rich_help_panel=_STORED),
@@ -68,6 +80,7 @@ def quantize(
     hanlin quantize internlm2_5-1_8b-chat out --calibration text.txt
     hanlin quantize model.gguf out --method gptq --bits 8 --calibration chats.jsonl
     hanlin quantize smollm2 out --method rtn --group-size 32
+    hanlin quantize chatglm-6b out --method rtn --bits 4
 
     One layer is in memory at a time. Interrupted, the same command goes on where it stopped.
     """
@@ -75,7 +88,7 @@ def quantize(
 
     settings = Settings(
         method=method.value,
-        bits=bits,
+        bits=bits or (8 if method is Method.smoothquant else 4),
         group_size=group_size,
         symmetric=symmetric,
         format=None if form is None else form.value,
@@ -135,6 +148,42 @@ def auto_gptq(
 
     settings = Settings(method="gptq", bits=w_bits, group_size=w_group_size)
     _quantise(model, work_dir, settings, calib_dataset, None, calib_samples, calib_seqlen)
+
+
+@lite.command("smooth_quant")
+def smooth_quant(
+    model: _Model,
+    work_dir: _WorkDir = Path("work_dir"),
+    calib_dataset: _Dataset = None,
+    calib_samples: _Samples = 128,
+    calib_seqlen: _Length = 2048,
+    quant_dtype: Annotated[str, typer.Option("--quant-dtype", help="int8.")] = "int8",
+    search_scale: _Search = True,
+    batch_size: _Ignored = None,
+    device: _Ignored = None,
+    dtype: _Ignored = None,
+) -> None:
+    """Quantise weights and activations to 8 bits with SmoothQuant, stored as compressed-tensors."""
+    from hanlin.compress.quantise import Settings
+    from hanlin.errors import ConfigError
+
+    if quant_dtype != "int8":
+        raise ConfigError(
+            f"--quant-dtype {quant_dtype}: only int8 is written here; 8-bit floats need a GPU that has them"
+        )
+    settings = Settings(method="smoothquant", bits=8)
+    _quantise(model, work_dir, settings, calib_dataset, None, calib_samples, calib_seqlen)
+
+
+@lite.command("calibrate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def calibrate() -> None:
+    """Not needed: every method calibrates by itself."""
+    from hanlin.errors import ConfigError
+
+    raise ConfigError(
+        "There is nothing to calibrate beforehand: `hanlin lite auto_awq`, `auto_gptq` and `smooth_quant` take "
+        "--calib-dataset FILE and calibrate layer by layer as they quantise."
+    )
 
 
 def _quantise(

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from hanlin.checkpoints.bits import pack, pack_awq
-from hanlin.compress.grid import Grid, Quantised
+from hanlin.checkpoints.row_quantised import packed
+from hanlin.compress.grid import Grid, Quantised, RowGrid
 
 __all__ = ["FORMATS", "Format", "configuration", "problems_of", "tensors"]
 
-Format = Literal["awq", "gptq", "compressed-tensors"]
-FORMATS: tuple[Format, ...] = ("awq", "gptq", "compressed-tensors")
+Format = Literal["awq", "gptq", "compressed-tensors", "chatglm"]
+FORMATS: tuple[Format, ...] = ("awq", "gptq", "compressed-tensors", "chatglm")
 
 
 def problems_of(form: Format, grid: Grid, shapes: dict[str, tuple[int, int]]) -> list[str]:
     """Why matrices of these shapes (out, in) can't be written so."""
-    found = []
+    found: list[str] = []
+    if isinstance(grid, RowGrid):
+        odd = [name for name, (_, in_) in shapes.items() if form == "chatglm" and in_ * grid.bits % 8]
+        return [f"'{name}' has an odd number of columns" for name in odd]
     if form == "awq" and (grid.bits != 4 or grid.symmetric):
         found.append("AWQ's files have 4 bits and zero points")
     if form != "gptq":  # whose last group may be shorter
@@ -32,9 +36,14 @@ def problems_of(form: Format, grid: Grid, shapes: dict[str, tuple[int, int]]) ->
 def tensors(form: Format, grid: Grid, quantised: Quantised) -> dict[str, Tensor]:
     """By the end of its name, what stands for one matrix."""
     codes, scales, zeros = quantised.codes, quantised.scales.half(), quantised.zeros.byte()
+    if isinstance(grid, RowGrid):
+        numbers = (codes.short() - grid.middle).to(torch.int8)
+        if form == "chatglm":
+            return {"weight": packed(numbers, grid.bits), "weight_scale": scales.flatten()}
+        return {"weight": numbers, "weight_scale": scales}
     if form == "awq":
-        packed = {"qweight": pack_awq(codes.t().contiguous()), "qzeros": pack_awq(zeros.t().contiguous())}
-        return packed | {"scales": scales.t().contiguous()}
+        words = {"qweight": pack_awq(codes.t().contiguous()), "qzeros": pack_awq(zeros.t().contiguous())}
+        return words | {"scales": scales.t().contiguous()}
     if form == "gptq":
         columns = torch.arange(codes.shape[1], dtype=torch.int32)
         return {
@@ -50,7 +59,13 @@ def tensors(form: Format, grid: Grid, quantised: Quantised) -> dict[str, Tensor]
 
 
 def configuration(form: Format, grid: Grid, kept: list[str]) -> dict[str, Any]:
-    """The `quantization_config`; `kept` are linear layers that stay as they are."""
+    """The keys of `config.json` that say how; `kept` are linear layers that stay as they are."""
+    if form == "chatglm":
+        return {"quantization_bit": grid.bits}
+    return {"quantization_config": _configuration(form, grid, kept)}
+
+
+def _configuration(form: Format, grid: Grid, kept: list[str]) -> dict[str, Any]:
     if form == "awq":
         return {
             "quant_method": "awq",
@@ -70,7 +85,7 @@ def configuration(form: Format, grid: Grid, kept: list[str]) -> dict[str, Any]:
             "desc_act": False,
             "lm_head": False,
         }
-    weights = {
+    weights: dict[str, Any] = {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
@@ -78,10 +93,14 @@ def configuration(form: Format, grid: Grid, kept: list[str]) -> dict[str, Any]:
         "group_size": grid.group,
         "dynamic": False,
     }
+    scheme: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    if isinstance(grid, RowGrid):
+        weights |= {"strategy": "channel", "group_size": None}
+        scheme["input_activations"] = weights | {"strategy": "token", "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "int-quantized" if isinstance(grid, RowGrid) else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": kept,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": scheme},
     }

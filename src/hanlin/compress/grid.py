@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hanlin.checkpoints.grouped import Groups, dequantised
+from hanlin.checkpoints.row_quantised import rounded
 
-__all__ = ["Grid", "Quantised"]
+__all__ = ["Grid", "Quantised", "RowGrid"]
 
 _LEAST = 2.0**-24  # the smallest float16, which scales are stored as
 
@@ -39,6 +40,11 @@ class Grid:
     symmetric: bool = False
     least_zero: int = 0
 
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero where there are no zero points."""
+        return 1 << (self.bits - 1)
+
     def count(self, columns: int) -> int:
         """Groups of a row."""
         return -(-columns // self.group)
@@ -57,7 +63,7 @@ class Grid:
             low = -high
         scales = ((high - low) / most).clamp(_LEAST, 6e4).half().float()
         if self.symmetric:
-            return scales, torch.full_like(scales, float(1 << (self.bits - 1)))
+            return scales, torch.full_like(scales, float(self.middle))
         return scales, (-low / scales).round().clamp(self.least_zero, most)
 
     def round(self, blocks: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -83,3 +89,23 @@ class Grid:
         scales, zeros = self.fit(blocks)
         rounded = (self.round(blocks, scales, zeros) - zeros[..., None]) * scales[..., None]
         return rounded.flatten(1)[:, : weight.shape[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGrid(Grid):
+    """One scale a row and no zero points: ChatGLM's own files, and 8 bits beside 8-bit activations."""
+
+    group: int = 0
+    symmetric: bool = True
+
+    def quantise(self, weight: Tensor, fitted: tuple[Tensor, Tensor] | None = None) -> Quantised:
+        assert fitted is None
+        numbers, scales = rounded(weight, self.bits)
+        zeros = torch.full((len(weight), 1), float(self.middle))
+        return Quantised((numbers.short() + self.middle).byte(), scales.float()[:, None], zeros)
+
+    def values(self, quantised: Quantised) -> Tensor:
+        return dequantised(quantised.codes, Groups(quantised.scales, quantised.zeros, None), self.bits)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        return self.values(self.quantise(weight))

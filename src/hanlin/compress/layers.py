@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hanlin.compress.grid import Grid, Quantised
-from hanlin.compress.methods import Inputs, clipped, gptq, output_error, smoothing
+from hanlin.compress.methods import Inputs, balancing, clipped, gptq, output_error, smoothing
 from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
 from hanlin.models.parts import BlockParts
 
 __all__ = ["Change", "Method", "quantise_layer", "watched"]
 
-Method = Literal["rtn", "awq", "gptq"]
+Method = Literal["rtn", "awq", "gptq", "smoothquant"]
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def quantise_layer(
         for linear in linears
     }
     del before
-    if method == "awq":
-        _smooth(parts, watching, grid)
+    if method in ("awq", "smoothquant"):
+        _smooth(parts, watching, method, grid)
     changes = []
     for linears, inputs in watching:
         for linear in linears:
-            fitted = clipped(linear.weight, inputs, grid) if method != "rtn" else None
+            fitted = clipped(linear.weight, inputs, grid) if method in ("awq", "gptq") else None
             if method == "gptq" and fitted is not None:
                 quantised = gptq(linear.weight, inputs, grid, fitted)
             else:
@@ -80,23 +80,25 @@ def quantise_layer(
     return changes
 
 
-def _smooth(parts: BlockParts, watching: list[tuple[tuple[Linear, ...], Inputs]], grid: Grid) -> None:
-    """AWQ's factors: into the norms before q, k, v and before gate and up, and into up before down."""
+def _smooth(parts: BlockParts, watching: list[tuple[tuple[Linear, ...], Inputs]], method: Method, grid: Grid) -> None:
+    """Factors into the norms before q, k, v and before gate and up; AWQ's also into up before down."""
     norms = (parts.attention_norm, None, parts.mlp_norm, None)
     for (linears, inputs), norm in zip(watching, norms, strict=True):
         if isinstance(norm, RMSNorm):
-            factors = smoothing([linear.weight for linear in linears], inputs, grid)
+            weights = [linear.weight for linear in linears]
+            factors = smoothing(weights, inputs, grid) if method == "awq" else balancing(weights, inputs)
             # The norm is stored as float16, and what it then does is what the columns have to undo.
             weight = (norm.weight / factors).half().float()
             factors = torch.where(weight == 0, torch.ones_like(factors), norm.weight / weight)
             norm.weight.copy_(torch.where(weight == 0, norm.weight, weight))
             _multiply(linears, inputs, factors)
-    up, (downs, inputs) = parts.gate_up[-1], watching[3]
-    if parts.activation == "silu_mul" and len(parts.gate_up) == 2:
+    if method == "awq" and parts.activation == "silu_mul":
+        downs, inputs = watching[3]
         factors = smoothing([parts.down.weight], inputs, grid)
-        up.weight.div_(factors[:, None])
+        up, rows = parts.gate_up[-1], slice(-parts.down.in_features, None)  # fused, up comes after gate
+        up.weight[rows].div_(factors[:, None])
         if up.bias is not None:
-            up.bias.div_(factors)
+            up.bias[rows].div_(factors)
         _multiply(downs, inputs, factors)
 
 

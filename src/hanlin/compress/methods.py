@@ -1,4 +1,4 @@
-"""AWQ and GPTQ, both from one statistic of the inputs: their Gram matrix over all calibration tokens.
+"""AWQ, GPTQ and SmoothQuant; the first two from one statistic: the inputs' Gram matrix over all calibration tokens.
 
 With H = X^T X, the squared error of the outputs of weights that are off by E is trace(E H E^T): exact for every token,
 and no token has to be kept. Sources: Lin et al. 2023 (arXiv 2306.00978), Frantar et al. 2022 (arXiv 2210.17323).
@@ -14,27 +14,29 @@ from torch import Tensor
 
 from hanlin.compress.grid import Grid, Quantised
 
-__all__ = ["Inputs", "clipped", "gptq", "output_error", "smoothing"]
+__all__ = ["Inputs", "balancing", "clipped", "gptq", "output_error", "smoothing"]
 
 _STEPS = 20
-_ROWS = 1024  # rows that a search looks at, spread over the matrix
+_ROWS = 256  # rows that a search looks at, spread over the matrices
 _SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 _CLIPPED_AT_ONCE = 256
 _GPTQ_COLUMNS = 128
 
 
 class Inputs:
-    """What came into a linear layer: H (in, in) and the sum of magnitudes (in,), both float32."""
+    """What came into a linear layer: H (in, in), and sums and maxima of magnitudes (in,), all float32."""
 
     def __init__(self, columns: int) -> None:
         self.gram = torch.zeros(columns, columns)
         self.magnitudes = torch.zeros(columns)
+        self.most = torch.zeros(columns)
         self.count = 0
 
     def add(self, x: Tensor) -> None:
         """Rows (tokens, in)."""
         self.gram.addmm_(x.t(), x)
         self.magnitudes += x.abs().sum(0)
+        self.most = torch.maximum(self.most, x.abs().amax(0))
         self.count += len(x)
 
     @property
@@ -45,6 +47,7 @@ class Inputs:
         """The inputs were divided by `by` (in,)."""
         self.gram /= by[:, None] * by
         self.magnitudes /= by
+        self.most /= by
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
@@ -73,6 +76,16 @@ def smoothing(weights: Sequence[Tensor], inputs: Inputs, grid: Grid) -> Tensor:
             if error < least:
                 best, least = factors, error
     return best
+
+
+def balancing(weights: Sequence[Tensor], inputs: Inputs) -> Tensor:
+    """SmoothQuant: factors (in,) that even out the ranges of inputs and columns, for both get 8 bits.
+
+    Source: Xiao et al. 2022 (arXiv 2211.10438), with its usual alpha of a half.
+    """
+    columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    factors = (inputs.most.clamp(min=1e-5) / columns.clamp(min=1e-5)).sqrt()
+    return (factors / (factors.max() * factors.min()).sqrt()).clamp(1e-4, 1e4)
 
 
 def clipped(weight: Tensor, inputs: Inputs, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from hanlin.checkpoints.description import read_json
 from hanlin.checkpoints.quantisation import read_quantisation
 from hanlin.checkpoints.quantised import QuantisedSource
+from hanlin.checkpoints.row_quantised import RowQuantisedSource
 from hanlin.checkpoints.safetensors_writer import save_safetensors
 from hanlin.checkpoints.source import open_source
 from hanlin.compress.calibration import Windows
 from hanlin.compress.formats import FORMATS, Format, configuration, problems_of, tensors
-from hanlin.compress.grid import Grid
+from hanlin.compress.grid import Grid, RowGrid
 from hanlin.compress.layers import Method, quantise_layer, watched
 from hanlin.compress.report import Report, Row
 from hanlin.compress.source import Original
@@ -38,7 +39,9 @@ from hanlin.layers.rope import Positions
 __all__ = ["Settings", "quantise"]
 
 Progress = Callable[[str, int, int], None]
-METHODS: tuple[Method, ...] = ("rtn", "awq", "gptq")
+METHODS: tuple[Method, ...] = ("rtn", "awq", "gptq", "smoothquant")
+_GROUP = 128
+_OWN = ("chatglm", "chatglm2")  # families with a format of their own
 _HEAD_TOKENS = 64
 _HEAD_ROWS = 1 << 14
 
@@ -47,10 +50,11 @@ _HEAD_ROWS = 1 << 14
 class Settings:
     """
     Attributes:
-        method: "rtn" rounds to nearest; "awq" and "gptq" need text to calibrate on.
-        group_size: columns that share a scale.
+        method: "rtn" rounds to nearest; "awq", "gptq" and "smoothquant" need text to calibrate on.
+        group_size: columns that share a scale; None: 128, or whole rows where the format has only those.
         symmetric: no zero points; None: as the format is mostly written: GPTQ and 8 bits without, 4 bits with them.
-        format: how the result is stored; None: the method's own, 8 bits without GPTQ as compressed-tensors.
+        format: how the result is stored; None: the method's own, 8 bits without GPTQ as compressed-tensors. "chatglm"
+            is what ChatGLM's `quantize` saves: one scale a row.
 
     Raises:
         ConfigError: all values that can't be.
@@ -58,7 +62,7 @@ class Settings:
 
     method: Method = "awq"
     bits: int = 4
-    group_size: int = 128
+    group_size: int | None = None
     symmetric: bool | None = None
     format: Format | None = None
 
@@ -68,12 +72,33 @@ class Settings:
             found.append(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.bits not in (4, 8):
             found.append(f"bits must be 4 or 8, not {self.bits!r}")
-        if self.group_size < 8 or self.group_size % 8:
+        if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
             found.append(f"group_size must be a multiple of 8, not {self.group_size!r}")
         if self.format not in (None, *FORMATS):
             found.append(f"format must be one of {', '.join(FORMATS)}, not {self.format!r}")
+        if self.method == "smoothquant" and self.bits != 8:
+            found.append(f"smoothquant is for 8 bits, not {self.bits!r}")
+        if self.method == "smoothquant" and self.format not in (None, "compressed-tensors"):
+            found.append(f"smoothquant is stored as compressed-tensors, not {self.format!r}")
+        if self.format == "chatglm" and self.method != "rtn":
+            found.append(f"ChatGLM's own format is for method rtn, not {self.method!r}")
+        if self.rows and self.group_size is not None:
+            found.append(f"group_size must be left out, not {self.group_size!r}: there is one scale a row")
+        if self.rows and self.symmetric is False:
+            found.append("zero points can't be stored where there is one scale a row")
         if found:
             raise ConfigError(problems("quantising", found))
+
+    @property
+    def rows(self) -> bool:
+        """One scale a row."""
+        return self.format == "chatglm" or self.method == "smoothquant"
+
+    def of(self, family: str) -> Settings:
+        """With the format that a family has of its own."""
+        if self.format is None and self.method == "rtn" and self.group_size is None and family in _OWN:
+            return replace(self, format="chatglm")
+        return self
 
     @property
     def stored(self) -> Format:
@@ -87,7 +112,10 @@ class Settings:
         symmetric = self.symmetric if self.symmetric is not None else self.bits == 8 or self.method == "gptq"
         if self.stored == "awq" and self.symmetric is None:
             symmetric = False
-        return Grid(bits=self.bits, group=self.group_size, symmetric=symmetric, least_zero=int(self.stored == "gptq"))
+        if self.rows:
+            return RowGrid(bits=self.bits)
+        group = self.group_size or _GROUP
+        return Grid(bits=self.bits, group=group, symmetric=symmetric, least_zero=int(self.stored == "gptq"))
 
 
 def quantise(
@@ -111,17 +139,13 @@ def quantise(
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
-        ConfigError: what can't be quantised or written so, all of it at once; no text for "awq" and "gptq".
+        ConfigError: what can't be quantised or written so, all of it at once; no text for what needs it.
         CheckpointError: broken files, `target` exists, or a full disk.
     """
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists already. Name a new directory, or remove it first.")
-    if windows is None and settings.method != "rtn":
-        raise ConfigError(
-            f"method {settings.method!r} needs text to calibrate on: --calibration FILE (.txt, or .jsonl with 'text' "
-            "or 'messages'), a few hundred kilobytes of what the model will be used for. Only rtn needs none."
-        )
     with Original(source) as original, torch.inference_mode():
+        settings = settings.of(original.config.model_type)
         job = _Job(original, target, settings, windows, progress or (lambda doing, done, steps: None))
         job.check()
         with _held(job.state):
@@ -147,7 +171,6 @@ class _Job:
             if len(windows.evaluation):
                 for name in ("before", "after"):
                     self.streams[name] = Stream(self.state, name, windows.evaluation, width)
-        self.body: Any = cast(Any, original.model).model
         self.done, self.rows, self.spent = 0, list[Row](), 0.0
 
     def check(self) -> None:
@@ -155,11 +178,21 @@ class _Job:
         for block in self.original.parts.blocks:
             for linear in (*block.qkv, block.out, *block.gate_up, block.down):
                 shapes[self.original.names[id(linear)]] = (linear.out_features, linear.in_features)
-        found = problems_of(self.settings.stored, self.grid, shapes)
-        if found:
+        found, remedy = problems_of(self.settings.stored, self.grid, shapes), ""
+        if found and not self.settings.rows:
             small = next((size for size in (128, 64, 32) if all(in_ % size == 0 for _, in_ in shapes.values())), 0)
             remedy = f"--group-size {small} fits this model; " if small else ""
-            remedy += "--format gptq takes a shorter last group, which not every program reads."
+            remedy += "--format gptq takes a shorter last group, which not every program reads. "
+        family, method = self.original.config.model_type, self.settings.method
+        if family == "chatglm" and (method != "rtn" or self.windows is not None):
+            found.append("ChatGLM-6B takes method rtn without text: its residual goes on from what its norms give")
+        elif self.windows is None and method != "rtn":
+            found.append(f"method {method!r} needs text to calibrate on")
+            remedy += "--calibration FILE (.txt, or .jsonl with 'text' or 'messages') takes a few hundred kilobytes of "
+            remedy += "what the model will be used for; --method rtn needs none."
+        if self.settings.stored == "chatglm" and family not in _OWN:
+            found.append(f"ChatGLM's own format is for {' and '.join(_OWN)}, not {family!r}")
+        if found:
             raise ConfigError(problems(f"{self.original.path} as {self.settings.stored}", found, remedy))
 
     def _plan(self) -> dict[str, Any]:
@@ -189,13 +222,13 @@ class _Job:
 
     def layer(self, number: int) -> None:
         """Quantise one layer, write it, and take all text through it."""
-        block = self.body.layers[number]
+        block = self.original.layers[number]
         prefix = self._name(block)
         self.original.fill(prefix, block)
         parts = self.original.parts.blocks[number]
 
         def run(x: Tensor) -> Tensor:
-            rotation = self.body.rope(Positions(torch.arange(len(x))[None]))
+            rotation = self.original.rope(Positions(torch.arange(len(x))[None]))
             return cast(Tensor, block(0, x, rotation, PackedAttend([len(x)])))
 
         if "before" in self.streams:
@@ -226,12 +259,16 @@ class _Job:
 
     def finish(self, files: Mapping[str, bytes], peak_memory: Callable[[], int]) -> Report:
         """Measure, put everything together, and give it its place."""
-        settings = {"method": self.settings.method, "format": self.settings.stored, "bits": self.grid.bits}
-        settings |= {"group size": self.grid.group, "symmetric": self.grid.symmetric}
+        settings: dict[str, Any] = {
+            "method": self.settings.method,
+            "format": self.settings.stored,
+            "bits": self.grid.bits,
+        }
+        settings |= {"group size": self.grid.group or "a row", "symmetric": self.grid.symmetric}
         perplexity = (self._perplexity("before"), self._perplexity("after")) if "before" in self.streams else None
         kept = [self._name(self.original.parts.head)]
         config = self.original.configuration()
-        config["quantization_config"] = configuration(self.settings.stored, self.grid, kept)
+        config |= configuration(self.settings.stored, self.grid, kept)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{self.target.name}-", dir=self.target.parent) as staging:
                 whole = Path(staging) / "model"
@@ -240,7 +277,11 @@ class _Job:
                 text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
                 (whole / "config.json").write_text(text, encoding="utf-8")
                 with open_source(whole) as written:
-                    QuantisedSource(written, read_quantisation(config["quantization_config"], whole / "config.json"))
+                    if self.settings.stored == "chatglm":
+                        RowQuantisedSource(written, self.grid.bits)
+                    else:
+                        said = config["quantization_config"]
+                        QuantisedSource(written, read_quantisation(said, whole / "config.json"))
                 report = Report(
                     settings=settings,
                     rows=self.rows,
@@ -263,7 +304,7 @@ class _Job:
         return (self.windows.calibration.size, self.windows.evaluation.size) if self.windows else (0, 0)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        blocks = [f"{self._name(block)}." for block in self.body.layers]
+        blocks = [f"{self._name(block)}." for block in self.original.layers]
         for number in range(len(blocks)):
             with open_source(self.state / f"layer-{number}.safetensors") as part:
                 for name in part.infos:

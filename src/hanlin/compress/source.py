@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from hanlin.checkpoints.description import describe_directory, describe_gguf, read_json
 from hanlin.checkpoints.load import check, place
 from hanlin.checkpoints.names import recipes
+from hanlin.checkpoints.row_quantised import is_row_quantised
 from hanlin.checkpoints.source import open_source
 from hanlin.errors import ConfigError
+from hanlin.layers.rope import Rope
 from hanlin.models.parts import HasParts, ModelParts
-from hanlin.models.registry import build, read_config
+from hanlin.models.registry import build, family_name, read_config
 
 __all__ = ["Original"]
 
@@ -30,6 +32,9 @@ _CLASSES: Mapping[str, str] = MappingProxyType(
         "qwen2": "Qwen2ForCausalLM",
         "internlm": "InternLMForCausalLM",
         "internlm3": "InternLM3ForCausalLM",
+        "chatglm": "ChatGLMModel",
+        "chatglm2": "ChatGLMModel",
+        "glm": "GlmForCausalLM",
     }
 )
 # Data and, unread, the code that other programs want beside these families' weights.
@@ -55,11 +60,11 @@ class Original(AbstractContextManager["Original"]):
         try:
             self.source = self._opened.enter_context(open_source(path))
             description = describe_gguf(self.source) if gguf else describe_directory(path)
-            family = description.values.get("model_type")
+            family = family_name(description.values)
             if family not in _CLASSES:
                 raise ConfigError(f"{path}: can't quantise {family!r}; known: {', '.join(_CLASSES)}.")
-            if description.quantisation is not None:
-                method = description.quantisation.method
+            if description.quantisation is not None or is_row_quantised(self.source):
+                method = description.quantisation.method if description.quantisation else "ChatGLM's own"
                 raise ConfigError(f"{path}: the weights are quantised already ({method}). Use the original ones.")
             self.config = read_config(description.values)
             if self.config.reward_id is not None:
@@ -73,6 +78,9 @@ class Original(AbstractContextManager["Original"]):
             self._opened.close()
             raise
         self.description, self._gguf = description, gguf
+        body: Any = next(module for name, module in self.model.named_children() if name in ("model", "transformer"))
+        self.rope: Rope = body.rope
+        self.layers: nn.ModuleList = body.encoder.layers if family == "chatglm2" else body.layers
         self.parts: ModelParts = cast(HasParts, self.model).parts()
         self.names = {id(module): name for name, module in self.model.named_modules()}
 
