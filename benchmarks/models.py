@@ -78,6 +78,57 @@ def unpacked(target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
 
+def shuffled(target: Path) -> None:
+    """The default model in float32 with its channels in another order: the same function of the same numbers.
+
+    In the file they are on a grid of 4 bits in groups of 32 columns; here the groups are mixed, as if they never had
+    been. The loud channels stay loud, so that methods that look at inputs have the same task.
+    """
+    import json
+
+    import torch
+
+    from hanlin.checkpoints.safetensors_writer import save_safetensors
+    from hanlin.compress.source import Original
+    from hanlin.tokenizers.gguf_files import gguf_to_files
+
+    path, draw = hub.resolve().path, torch.Generator().manual_seed(0)
+    with Original(path) as original:
+        config = original.config
+        width = torch.randperm(config.hidden_size, generator=draw)
+        heads = config.num_heads // config.num_kv_heads
+        tensors = {}
+        for name, _ in original.model.named_parameters():
+            value = original.load(name)
+            if name.endswith(("q_proj.weight", "k_proj.weight", "embed_tokens.weight")):
+                value = value[:, width]
+            elif name.endswith("norm.weight"):
+                value = value[width]
+            tensors[name] = value
+        for layer in range(config.num_layers):
+            attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            within = torch.stack(
+                [torch.randperm(config.head_dim, generator=draw) for _ in range(config.num_kv_heads)]
+            ) + torch.arange(0, config.num_kv_heads * config.head_dim, config.head_dim).unsqueeze(1)
+            # Query head h looks at key and value head h // heads.
+            base = torch.arange(config.num_kv_heads).repeat_interleave(heads)
+            spread = within[base] + ((torch.arange(config.num_heads) - base) * config.head_dim).unsqueeze(1)
+            inner = torch.randperm(config.intermediate_size, generator=draw)
+            for name, rows, columns in (
+                (f"{attention}.v_proj.weight", within.flatten(), width),
+                (f"{attention}.o_proj.weight", width, spread.flatten()),
+                (f"{mlp}.gate_proj.weight", inner, width),
+                (f"{mlp}.up_proj.weight", inner, width),
+                (f"{mlp}.down_proj.weight", width, inner),
+            ):
+                tensors[name] = tensors[name][rows][:, columns].contiguous()
+        values = original.configuration() | {"torch_dtype": "float32"}
+        kept = {name: value.contiguous() for name, value in tensors.items()}
+        save_safetensors(target, kept.items())
+        (target / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+        original.write_others(target, gguf_to_files(original.source.metadata, name=str(path)))
+
+
 def random_gguf(target: Path, *, shape: Shape, kind: str) -> None:
     """A model of random blocks. As llama.cpp quantises it, the head of a Q4_0 file is in Q6_K.
 
@@ -156,6 +207,7 @@ def makers(python: str) -> Mapping[str, Callable[[Path], None]]:
         "smollm2-135m.Q4_0.gguf": partial(quantised, kind="Q4_0", python=python),
         "smollm2-135m.Q8_0.gguf": partial(quantised, kind="Q8_0", python=python),
         "smollm2-135m.bfloat16": unpacked,
+        "smollm2-135m.shuffled": shuffled,
         **{
             f"{name}.{kind}.gguf": partial(random_gguf, shape=shape, kind=kind)
             for name, shape in SHAPES.items()
