@@ -19,6 +19,8 @@ from chatglm2_directory import as_glm, glm_config, tiktoken_file, tokenizer_mode
 from chatglm2_directory import config as chatglm2_config
 from chatglm2_directory import weights as chatglm2_weights
 from chatglm2_directory import write as write_chatglm2
+from hanlin.chat.registry import chat_format_for
+from hanlin.chat.templates import template_for
 from hanlin.checkpoints import convert_gguf as module
 from hanlin.checkpoints.convert import convert
 from hanlin.checkpoints.load import load_model
@@ -334,3 +336,14 @@ def test_the_verb(tmp_path: Path) -> None:
     assert same_bits(weights(first), weights(tmp_path / "c"))
     text = "Hello 你好\n  two"
     assert load_tokenizer(tmp_path / "c").encode(text) == load_tokenizer(first).encode(text)
+
+
+@pytest.mark.parametrize("kind", ["chatglm3", "glm4"])
+def test_a_first_release_gets_a_template_that_says_the_same(tmp_path: Path, kind: str) -> None:
+    tokenizer = load_tokenizer(chatglm(tmp_path / "a", kind))
+    built_in = chat_format_for(tokenizer, model_type="chatglm2")
+    template = template_for(built_in)
+    assert template is not None
+    assert type(chat_format_for(tokenizer, model_type="chatglm2", template=template)) is type(built_in)
+    plain = load_tokenizer(make_directory(tmp_path / "b"))
+    assert template_for(chat_format_for(plain, model_type="internlm2")) is None

@@ -97,6 +97,10 @@ def convert(
 
 def _of_directory(path: Path, name: str, to: Format, vocab_size: int | None) -> dict[str, Any]:
     """The tokenizer as a GGUF file has it, once it is clear that no token loses its row."""
+    from hanlin.chat.registry import chat_format_for
+    from hanlin.chat.templates import template_for
+    from hanlin.checkpoints.description import read_json
+    from hanlin.models.registry import family_name
     from hanlin.tokenizers import load_tokenizer
     from hanlin.tokenizers.to_gguf import gguf_keys
 
@@ -104,7 +108,11 @@ def _of_directory(path: Path, name: str, to: Format, vocab_size: int | None) -> 
     named = max((i for i, piece in enumerate(tokenizer.table.pieces) if piece), default=-1) + 1
     if vocab_size is not None and vocab_size < named:
         raise ConfigError(f"--vocab-size {vocab_size}: the tokenizer of {name} has {named} tokens")
-    return {"tokenizer": gguf_keys(tokenizer, name=name)} if to is Format.gguf else {}
+    if to is not Format.gguf:
+        return {}
+    keys, family = gguf_keys(tokenizer, name=name), family_name(read_json(path / "config.json"))
+    template = template_for(chat_format_for(tokenizer, model_type=str(family)))
+    return {"tokenizer": keys | ({"tokenizer.chat_template": template} if template else {})}
 
 
 def _of_gguf(path: Path, vocab_size: int | None) -> dict[str, Any]:
