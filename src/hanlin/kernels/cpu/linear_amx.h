@@ -7,6 +7,8 @@
 // there are.
 #pragma once
 
+#include <type_traits>
+
 #include "linear.h"
 #include "simd.h"
 
@@ -73,15 +75,15 @@ HL_INLINE void dot_bf16_tiles() {
 // most_tiles output tiles and the sums of rows_at_once rows into L2.
 constexpr int most_subs = 20, most_tiles = 4, rows_at_once = 256;
 
-// Inputs and weights as tile registers want them, and the sums so far.
+// Weights as tile registers want them, what scales the inputs, and the sums so far.
 //
 // With inputs of 12 bits, 16 * q + low, a tile of int4 weights has 16 times each code and then the codes themselves,
 // and the two products are one. 16 times an int8 code is no byte: they take two.
 //
-// Each part starts a page, and registers are filled from, and emptied to, the same quarter of a page in turn: a load
-// waits for earlier stores to addresses that differ from its own in whole pages only, and these come late.
+// Sums and weights start a page, and registers are filled with weights from, and emptied to, the same quarter of a page
+// in turn: a load waits for earlier stores to addresses that differ from its own in whole pages only, and these come
+// late.
 struct alignas(4096) Desk {
-  uint8_t inputs[most_subs][tile_rows][64];
   int32_t dots[4][tile_rows][16], lows[4][tile_rows][16];
   uint8_t weights[most_tiles][2][most_subs][1024];
   float x_scales[most_subs][tile_rows], x_sums[most_subs][tile_rows];
@@ -144,82 +146,109 @@ void unpack(const hl_weight& w, const uint8_t* tile, int64_t sub0, int subs, int
   settle();
 }
 
+// A stretch of sixteen prepared rows or fewer.
+struct Rows {
+  const uint8_t* codes;
+  int64_t stride;
+};
+
 template <int Kind, bool Wide>
-void gather_inputs(const uint8_t* rows, int64_t stride, int64_t in, int n_rows, int64_t sub0, int subs, Desk& to) {
+void gather_scales(const Rows& rows, int64_t in, int n_rows, int64_t sub0, int subs, Desk& to) {
   constexpr int64_t bytes = code_bytes(Wide ? Act::int12 : Act::int8);
   for (int r = 0; r < n_rows; r++) {
-    const uint8_t* codes = rows + r * stride + sub0 * bytes;
-    const ActParams* params = reinterpret_cast<const ActParams*>(rows + r * stride + subs_of(in) * bytes) + sub0;
+    const uint8_t* row = rows.codes + r * rows.stride - sub0 * bytes;
+    const ActParams* params = reinterpret_cast<const ActParams*>(row + subs_of(in) * bytes) + sub0;
     for (int s = 0; s < subs; s++) {
-      memcpy(to.inputs[s][r], codes + s * bytes, bytes);
       to.x_scales[s][r] = params[s].scale;
       if (has_offsets(Kind)) to.x_sums[s][r] = params[s].scaled_sum;
     }
   }
-  settle();
 }
 
-// R rows x 16 outputs: adds a stretch's products to `sums`. Products are scaled two subs behind the tiles, which take
-// that long.
+// Whole numbers below 2^22 as floats, times 2^Shift. Near tile instructions only one of two ports converts and
+// multiplies, but both add: bits that are added to those of 1.5 * 2^23 stand for numbers that are.
+template <int Shift = 0>
+HL_INLINE F float_of(I whole) {
+  const I base = set1i(0x4B400000 + (Shift << 23));
+  return sub(from_bits(addi(whole, base)), from_bits(base));
+}
+
+// Sub number `s` of a stretch, s % 4 == J: begins its product, and stores the one that began last but one, or last with
+// two products a sub; storing at once would wait for the product's end.
+template <int Kind, bool Wide, int J>
+HL_INLINE void tile_step(Desk& desk, const Rows& rows, int64_t tile, int half, int s, int subs) {
+  constexpr bool is_signed = signed_weights<Kind>;
+  constexpr int w = 6 + J % 2, x = 4 + J % 2, before = (J + 2) % 4, pair = J % 2 * 2;
+  if constexpr (in_two<Kind, Wide>) {
+    if (s < subs) {
+      load_tile<w>(desk.weights[tile][half][s], 64);
+      load_tile<4>(rows.codes + s * 64, rows.stride);
+      load_tile<5>(rows.codes + s * 64 + 32, rows.stride);
+    }
+    if (s >= 1 && s <= subs) {
+      store_tile<2 - pair>(desk.dots[(J + 3) % 4]);
+      store_tile<3 - pair>(desk.lows[(J + 3) % 4]);
+    }
+    if (s >= subs) return;
+    zero_tile<pair>();
+    dot_tiles<pair, 4, w, is_signed>();
+    zero_tile<pair + 1>();
+    dot_tiles<pair + 1, 5, w, is_signed>();
+  } else {
+    if (s < subs) {
+      load_tile<w>(desk.weights[tile][half][s], 64);
+      load_tile<x>(rows.codes + s * code_bytes(Wide ? Act::int12 : Act::int8), rows.stride);
+    }
+    if (s >= 2 && s < subs + 2) store_tile<before>(desk.dots[before]);
+    if (s >= subs) return;
+    zero_tile<J>();
+    dot_tiles<J, x, w, is_signed>();
+  }
+}
+
+// R rows x 16 outputs: adds a stretch's products to `sums`. Products are scaled four subs behind the tiles' beginning,
+// which take that long.
 template <int Kind, bool Wide, int R>
-HL_APART void int_block(Desk& desk, int64_t tile, int half, int subs, float (*sums_of)[HL_TILE]) {
-  constexpr bool is_signed = signed_weights<Kind>, two = in_two<Kind, Wide>;
-  constexpr int behind = 2;
+HL_APART void int_block(Desk& desk, const Rows& rows, int64_t tile, int half, int subs, float (*sums_of)[HL_TILE]) {
+  constexpr int behind = 4;
   F sums[R];
   HL_UNROLL for (int r = 0; r < R; r++) sums[r] = load(sums_of[r]);
-  for (int s = 0; s < subs + behind; s++) {
-    if (s < subs) {
-      const uint8_t(*codes)[64] = desk.inputs[s];
-      const int at = s % 4;
-      if (s % 2 == 0) {
-        load_tile<6>(desk.weights[tile][half][s], 64);
-        load_tile<4>(codes, 64);
-        zero_tile<0>();
-        dot_tiles<0, 4, 6, is_signed>();
-        store_tile<0>(desk.dots[at]);
-        if (two) {
-          load_tile<5>(codes[0] + 32, 64);
-          zero_tile<1>();
-          dot_tiles<1, 5, 6, is_signed>();
-          store_tile<1>(desk.lows[at]);
-        }
-      } else {
-        load_tile<7>(desk.weights[tile][half][s], 64);
-        load_tile<4>(codes, 64);
-        zero_tile<2>();
-        dot_tiles<2, 4, 7, is_signed>();
-        store_tile<2>(desk.dots[at]);
-        if (two) {
-          load_tile<5>(codes[0] + 32, 64);
-          zero_tile<3>();
-          dot_tiles<3, 5, 7, is_signed>();
-          store_tile<3>(desk.lows[at]);
-        }
-      }
-    }
+  const auto step = [&](auto place, int s) {
+    constexpr int J = decltype(place)::value;
+    tile_step<Kind, Wide, J>(desk, rows, tile, half, s, subs);
     const int done = s - behind;
-    if (done < 0) continue;
+    if (done < 0 || done >= subs) return;
     const F scale = Kind == HL_INT8_ROW ? zero() : load(desk.scales[tile][half][done]);
     const F offset = has_offsets(Kind) ? load(desk.offsets[tile][half][done]) : zero();
     const float *x_scales = desk.x_scales[done], *x_sums = desk.x_sums[done];
     HL_UNROLL for (int r = 0; r < R; r++) {
-      I whole = {_mm512_load_si512(desk.dots[done % 4][r])};
-      if (two) whole = addi(shl<4>(whole), {_mm512_load_si512(desk.lows[done % 4][r])});
+      const I dots = {_mm512_load_si512(desk.dots[J][r])};
+      F whole;
+      if constexpr (in_two<Kind, Wide>)
+        whole = add(float_of<4>(dots), float_of({_mm512_load_si512(desk.lows[J][r])}));
+      else
+        whole = float_of(dots);
       const F x_scale = set1(x_scales[r]);
-      sums[r] = fma(to_float(whole), Kind == HL_INT8_ROW ? x_scale : mul(scale, x_scale), sums[r]);
+      sums[r] = fma(whole, Kind == HL_INT8_ROW ? x_scale : mul(scale, x_scale), sums[r]);
       if (has_offsets(Kind)) sums[r] = fma(offset, set1(x_sums[r]), sums[r]);
     }
+  };
+  for (int s = 0; s < subs + behind; s += 4) {
+    step(std::integral_constant<int, 0>{}, s);
+    step(std::integral_constant<int, 1>{}, s + 1);
+    step(std::integral_constant<int, 2>{}, s + 2);
+    step(std::integral_constant<int, 3>{}, s + 3);
   }
   HL_UNROLL for (int r = 0; r < R; r++) store(sums_of[r], sums[r]);
 }
 
 template <int Kind, bool Wide>
-HL_INLINE void int_halves(Desk& desk, int64_t tile, int height, int subs, float (*sums)[HL_TILE]) {
+HL_INLINE void int_halves(Desk& desk, const Rows& rows, int64_t tile, int height, int subs, float (*sums)[HL_TILE]) {
   for (int h = 0; h < 2; h++) {
     float(*half)[HL_TILE] = reinterpret_cast<float(*)[HL_TILE]>(sums[0] + 16 * h);
-    if (height > 12) int_block<Kind, Wide, 16>(desk, tile, h, subs, half);
-    else if (height > 8) int_block<Kind, Wide, 12>(desk, tile, h, subs, half);
-    else int_block<Kind, Wide, 8>(desk, tile, h, subs, half);
+    if (height > 12) int_block<Kind, Wide, 16>(desk, rows, tile, h, subs, half);
+    else if (height > 8) int_block<Kind, Wide, 12>(desk, rows, tile, h, subs, half);
+    else int_block<Kind, Wide, 8>(desk, rows, tile, h, subs, half);
   }
 }
 
@@ -245,9 +274,10 @@ void int_tiles(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t 
         for (int64_t row = 0; row < height; row += tile_rows) {
           const int block_rows = static_cast<int>(height - row < tile_rows ? height - row : tile_rows);
           if (block_rows != shaped) shape_tiles(shaped = block_rows, depth);
-          gather_inputs<Kind, Wide>(rows + (row0 + row) * stride, stride, w.in, block_rows, sub0, n, desk);
+          const Rows block = {rows + (row0 + row) * stride + sub0 * code_bytes(Wide ? Act::int12 : Act::int8), stride};
+          gather_scales<Kind, Wide>(block, w.in, block_rows, sub0, n, desk);
           for (int64_t tile = 0; tile < n_tiles; tile++)
-            int_halves<Kind, Wide>(desk, tile, block_rows, n, desk.sums[tile] + row);
+            int_halves<Kind, Wide>(desk, block, tile, block_rows, n, desk.sums[tile] + row);
         }
       }
       for (int64_t tile = 0; tile < n_tiles; tile++) {
