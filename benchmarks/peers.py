@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import models
 import report
 
+import hanlin
 from hanlin.bench import PEERS, Contender, Report, Spread, Workload, cores, measure, read_bandwidth
 from hanlin.bench.driver import EngineProcess
 from hanlin.errors import HanlinError
@@ -150,6 +152,12 @@ def bars(tokens: int) -> list[Bar]:
             least=2.0,
             most=True,
         ),
+        Bar(
+            name="long-document",
+            work="SmolLM2-135M, answers that quote a long document, with speculation",
+            against="without, same bytes",
+            least=1.5,
+        ),
     ]
 
 
@@ -162,6 +170,7 @@ class Settings:
     threads: int
     repeats: int
     tokens: int
+    data: Path | None = None
 
     def model(self, name: str) -> str:
         return str(models.made(self.work, name, self.pythons.get("llama-cpp", sys.executable)))
@@ -287,10 +296,49 @@ def read_file(path: Path) -> float:
     return time.perf_counter() - began
 
 
+def quotations(data: Path) -> list[str]:
+    """Questions about the first article of WikiText-2's test text, the article before each; answers quote it."""
+    with gzip.open(data / "wikitext2_raw" / "wiki.test.raw.gz", "rt", encoding="utf-8") as file:
+        article = file.read()[:10_000].rpartition("\n")[0]
+    paragraphs = [line.strip() for line in article.splitlines() if len(line) > 400]
+    beginnings = [" ".join(paragraph.split()[:8]) for paragraph in paragraphs[:8]]
+    return [f'{article}\n\nQuote the paragraph that begins with "{words}" word for word.' for words in beginnings]
+
+
+def quoting(settings: Settings, out: Measured) -> None:
+    """Questions one by one; the article stays in the cache of the prefix from the first one on."""
+    if settings.data is None:
+        raise HanlinError("long-document needs --data, a folder with wikitext2_raw")
+    questions = quotations(settings.data)
+    answers, seconds, tokens = {}, {}, 0
+    engines = {
+        kind: hanlin.load(speculation=kind, threads=settings.threads, cache_bytes=1 << 28, session_len=4096)
+        for kind in ("off", "auto")
+    }
+    for number in range(settings.repeats + 1):
+        progress("long document", number)
+        for kind, llm in engines.items():
+            began = time.perf_counter()
+            done = [llm.chat(question, max_tokens=settings.tokens, temperature=0) for question in questions]
+            seconds[kind] = time.perf_counter() - began
+            answers[kind], tokens = [reply.text for reply in done], sum(len(reply.ids) for reply in done)
+        if answers["off"] != answers["auto"]:
+            raise HanlinError("speculation changed an answer")
+        if number:
+            out.values.append(seconds["off"] / seconds["auto"])
+    for llm in engines.values():
+        llm.close()
+    out.note = (
+        f"{len(questions)} questions with {tokens} tokens of answers, prompts included but for the article: "
+        f"{seconds['auto']:.2f} s with speculation, {seconds['off']:.2f} s without; the bytes are the same"
+    )
+
+
 LIMITS: Mapping[str, Callable[[Settings, Measured], None]] = {
     "7b-decode": decode_share,
     "7b-memory": memory,
     "7b-start": second_start,
+    "long-document": quoting,
 }
 
 
@@ -382,6 +430,7 @@ def main() -> None:
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="NAME=PATH", help="the Python that has it"
     )
+    parser.add_argument("--data", type=Path, help="a folder with wikitext2_raw, for long-document")
     parser.add_argument("--only", default="", metavar="BAR,BAR...", help="of those that --list shows")
     parser.add_argument("--list", action="store_true", help="show the bars and what is kept of them")
     parser.add_argument("--threads", type=int, default=cores())
@@ -395,7 +444,12 @@ def main() -> None:
         parser.error(f"--peer-python takes NAME=PATH, not {', '.join(wrong)}; names: {', '.join(PEERS)}")
     pythons = dict(pair.split("=", 1) for pair in given.peer_python)
     settings = Settings(
-        work=given.work, pythons=pythons, threads=given.threads, repeats=given.repeats, tokens=given.tokens
+        work=given.work,
+        pythons=pythons,
+        threads=given.threads,
+        repeats=given.repeats,
+        tokens=given.tokens,
+        data=given.data,
     )
     all_bars = bars(given.tokens)
     names = list(dict.fromkeys(bar.name for bar in all_bars))
