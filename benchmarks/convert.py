@@ -28,6 +28,7 @@ from hanlin.models.registry import build, read_config
 _SHARD = 2 << 30
 _MOST = 3 * 1000**3
 _FURTHER = {"internevo": ["--tp", "2", "--pp", "2", "--no-adapt-hf"], "gguf": ["--outtype", "q8_0"]}
+_FURTHER["hanlin"] = ["--weights", "int4"]
 _NAMES = {"gguf": "to-gguf.gguf"}
 
 
