@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -184,7 +185,7 @@ def test_langchain_calls_tools_and_gets_structures(chain: Any) -> None:
         assert set(found) == {"city"}, method
 
 
-# LiteLLM: it needs an openai package older than the current one, so CI does not install it.
+# LiteLLM.
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -197,9 +198,78 @@ def test_litellm_answers_and_streams_the_same(url: str, model: str, monkeypatch:
     pieces = litellm.completion(model=f"openai/{model}", messages=BERLIN, stream=True, **given)
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
     assert text == whole.choices[0].message.content
+    hosted = litellm.completion(model=f"hosted_vllm/{model}", messages=BERLIN, **given)
+    assert hosted.choices[0].message.content == text
+    tool = {"type": "function", "function": {"name": "get_weather", "description": "of a city", "parameters": CITY}}
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    called = litellm.completion(
+        model=f"openai/{model}", messages=ASK, tools=[tool], tool_choice=choice, **{**given, "max_tokens": 80}
+    )
+    (call,) = called.choices[0].message.tool_calls
+    assert call.function.name == "get_weather" and set(json.loads(call.function.arguments)) == {"city"}
+    vectors = litellm.embedding(model=f"openai/{model}", input=["cat", "dog"], api_base=f"{url}/v1", api_key="none")
+    assert [len(each["embedding"]) > 64 for each in vectors.data] == [True, True]
 
 
-# lm-eval brings half a hundred packages: these are the requests of its `local-completions`, read as it reads them.
+# lm-eval itself, where it is installed, on a task of our own: its others fetch data from a hub.
+
+QUESTIONS = (
+    ("The capital of France is", ("Paris", "a banana", "Rome"), 0),
+    ("Two plus two is", ("a dog", "four", "never"), 1),
+    ("The sun rises in the", ("soup", "kitchen", "east"), 2),
+    ("Water freezes into", ("ice", "music", "gold"), 0),
+)
+TASK = """
+task: facts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_scores_a_task(url: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`local-completions` with the server's own tokenizer, and the same sums of log-probabilities as `/score` has."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the package lm-eval[api]")
+    from lm_eval.tasks import TaskManager
+
+    names = ("question", "choices", "answer")
+    lines = [json.dumps(dict(zip(names, each, strict=True))) for each in QUESTIONS]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    (tmp_path / "facts.yaml").write_text(TASK.format(path=tmp_path / "facts.jsonl"))
+    told = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": model,
+            "base_url": f"{url}/v1/completions",
+            "tokenizer_backend": "remote",
+            "num_concurrent": 1,
+            "max_length": 512,
+        },
+        tasks=["facts"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert told["results"]["facts"]["acc,none"] >= 0.75, told["results"]
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for sample in told["samples"]["facts"]:
+            doc = sample["doc"]
+            for choice, ((total, _),) in zip(doc["choices"], sample["resps"], strict=True):
+                texts = (doc["question"], f"{doc['question']} {choice}")
+                asked = [{"prompt": text, "add_special_tokens": False} for text in texts]
+                start, ids = (client.post("/tokenize", json=each).json()["tokens"] for each in asked)
+                scored = client.post("/score", json={"input": [ids]}).json()["data"][0]["logprobs"]
+                assert float(total) == pytest.approx(sum(scored[len(start) :]), abs=1e-4)
+
+
+# The requests of its `local-completions`, read as it reads them, where it is not.
 
 
 @pytest.mark.parametrize("as_ids", [True, False])

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 from hanlin.serve.app import create_app
 from hanlin.serve.keys import KeyRing
 from hanlin.serve.settings import Limits, ModelSpec, ServeConfig
-from hf_directory import make_directory
+from hf_directory import MARK, make_directory
 from serving import asgi_client
 
 Client = httpx.AsyncClient
@@ -401,3 +402,79 @@ def test_cve_2025_59425_keys_are_compared_by_their_hashes() -> None:
     for guess in ("", "s", "s3cret-", "s3cret-aa", "s3cret-a\x00", "S3CRET-A", "é", "\ud800"):
         assert ring.find(guess) is None
     assert "s3cret" not in repr(ring)
+
+
+def test_cve_2026_22807_code_beside_a_served_model_is_never_run(tmp_path: Path) -> None:
+    """Also CVE-2025-66448, CVE-2026-27893, CVE-2026-46432 and CVE-2026-46517: there is no switch that would run it."""
+    directory = make_directory(tmp_path / "tiny", num_hidden_layers=1)  # `auto_map`, and modules that leave a mark
+    assert "auto_map" in (directory / "config.json").read_text() and list(directory.glob("*.py"))
+    options = {"cache_bytes": 4 << 20, "threads": 1, "packed_cache": False, "session_len": 256}
+    spec = ModelSpec(source=str(directory), name="tiny", options={**options, "chat_template": "internlm2"})
+
+    async def work() -> None:
+        async with asgi_client(ServeConfig(models=(spec,))) as client:
+            await alive(client)
+
+    asyncio.run(work())
+    assert not (directory / MARK).exists()
+
+
+def test_cve_2025_25183_nobody_outside_can_construct_a_prefix() -> None:
+    """Names of cached blocks are keyed with a secret of each engine: the same ids have other names elsewhere."""
+    from hanlin.engine.blocks import BlockManager
+
+    managers = [BlockManager(8, 16) for _ in range(2)]
+    keys = [manager._key for manager in managers]
+    assert keys[0] != keys[1] and min(map(len, keys)) >= 32
+
+
+# Lessons that are not of the server alone are tested where they belong.
+ELSEWHERE = {
+    "CVE-2025-67729, CVE-2025-32434, CVE-2026-24747: unpickling": (
+        "unit/test_checkpoint_bin.py",
+        ("test_nothing_in_the_file_runs", "test_programs_that_build_objects_are_unsafe"),
+    ),
+    "ShadowMQ, CVE-2026-3059, -3060, -7301, -26220: pickle between processes, eval": (
+        "structure/test_rooms.py",
+        ("test_no_foreign_code_can_run",),
+    ),
+    "CVE-2025-9141: eval in a parser of tool calls": (
+        "property/test_glm_chat.py",
+        ("test_anything_else_is_no_call",),
+    ),
+    "CVE-2026-5760, CVE-2024-34359: templates of model files": (
+        "unit/test_chat_sandbox.py",
+        ("test_nothing_of_pythons_is_reachable", "test_hungry_templates_are_stopped"),
+    ),
+    "CVE-2024-21802 and others, CVE-2025-53630, CVE-2026-27940, -33298, -7482: sizes in GGUF files": (
+        "unit/test_checkpoint_gguf.py",
+        ("test_lies_are_refused", "test_every_misplaced_tensor_is_named", "test_every_truncation_is_refused"),
+    ),
+    "CVE-2024-37032, CVE-2024-45436: names that lead outside": (
+        "unit/test_hub_huggingface.py",
+        ("test_names_that_lead_outside_are_refused_before_anything_is_fetched",),
+    ),
+    "CVE-2025-51471: a token for another host than the hub": (
+        "unit/test_hub_modelscope.py",
+        ("test_the_token_goes_to_the_hub_alone",),
+    ),
+    "CVE-2025-29770, GHSA-rwxx-mrjm-wc2m: grammars without bounds": (
+        "unit/test_guide.py",
+        ("test_what_cannot_be_met_is_refused_before_anything_runs", "test_tables_are_given_back"),
+    ),
+    "CVE-2025-25183, CVE-2025-46570: prefixes that are shared": (
+        "property/test_engine_promises.py",
+        ("test_salts_do_not_share",),
+    ),
+    "CVE-2024-28224, CVE-2025-63389: other addresses without a key": (
+        "unit/test_serve_guard.py",
+        ("test_dns_rebinding_is_refused", "test_other_addresses_need_a_key_at_start"),
+    ),
+}
+
+
+@pytest.mark.parametrize("lesson", ELSEWHERE)
+def test_lessons_that_are_tested_elsewhere_still_are(lesson: str) -> None:
+    file, names = ELSEWHERE[lesson]
+    text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+    assert [name for name in names if f"def {name}(" not in text] == []

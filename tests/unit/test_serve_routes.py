@@ -221,6 +221,9 @@ def test_tokens_and_scores(with_client: Any) -> None:
         ids = (await post("/tokenize", prompt="Hello 你好"))["tokens"]
         assert (await post("/detokenize", tokens=ids, skip_special_tokens=True))["prompt"] == "Hello 你好"
         assert (await post("/v1/encode", input=["Hello 你好", ""]))["length"] == [len(ids), 1]
+        info = (await client.get("/tokenizer_info")).json()
+        assert (await post("/tokenize", prompt=info["bos_token"], add_special_tokens=False))["count"] == 1
+        assert info["eos_token"] and info["model_max_length"] == 256
         turned = await post("/apply-template", messages=HI)
         assert (
             turned["prompt"].endswith("<|im_start|>assistant\n")

@@ -48,11 +48,17 @@ def stop(
     model: Annotated[str, typer.Argument(help="As `hanlin ps` names it.")],
     url: Where = None,
 ) -> None:
-    """Unload a model; its running requests are finished first, and the next one loads it again."""
-    loaded = [each["name"] for each in _ask(url, "/api/ps")["models"]]
+    """Unload a model that no request is using; the next one loads it again."""
+    loaded = _loaded(url)
     if model not in loaded:
         raise ConfigError(f"{model!r} is not in memory; there are: {', '.join(loaded) or 'none'}")
     _ask(url, "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
+    if model in _loaded(url):
+        raise ConfigError(f"{model!r} is in use and stays in memory; try again when its requests have ended")
+
+
+def _loaded(url: str | None) -> list[str]:
+    return [each["name"] for each in _ask(url, "/api/ps")["models"]]
 
 
 def _ask(url: str | None, path: str, body: dict[str, Any] | None = None) -> Any:

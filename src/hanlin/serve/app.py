@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from hanlin import __version__
 from hanlin.errors import HanlinError, problems
+from hanlin.serve.description import description
 from hanlin.serve.errors import ApiError, DisconnectedError, describe, error_body
 from hanlin.serve.guard import Guard
 from hanlin.serve.routes import (
@@ -29,6 +31,7 @@ from hanlin.serve.routes import (
     openai_responses,
     page,
     tokens,
+    vocabulary,
 )
 from hanlin.serve.service import Service
 from hanlin.serve.settings import ServeConfig
@@ -44,6 +47,7 @@ ROUTERS = (
     openai_embeddings.router,
     openai_responses.router,
     tokens.router,
+    vocabulary.router,
     judging.router,
     adapters.router,
     anthropic.router,
@@ -74,6 +78,7 @@ def create_app(config: ServeConfig) -> FastAPI:
     chosen = [(page.router, config.page), (legacy_chatglm.router, config.legacy_chatglm)]
     for router in (*ROUTERS, *(router for router, wanted in chosen if wanted)):
         app.include_router(router)
+    app.openapi = functools.cache(lambda: description(app, config))  # type: ignore[method-assign]
     app.add_middleware(Guard, config=config, rates=service.rates)
     for kind in (ApiError, HanlinError, RequestValidationError, HTTPException, DisconnectedError, Exception):
         app.add_exception_handler(kind, _answer)
