@@ -187,7 +187,7 @@ def measure(case: Case, place: Path, python: str, tokenizers: Path | None) -> Ou
         "tokens": TOKENS,
         "texts": TEXTS,
         "ends": sorted(ends),
-        "threads": 2,
+        "threads": 1,
     }
     script = _HERE / "gguf_interop_peer.py"
     done = subprocess.run([python, str(script)], input=json.dumps(asked), capture_output=True, text=True, check=False)
