@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "hanlin"
-FILE, MODEL, SPINE = 400, 200, 2600
+# The spine was meant to be 2,600; images in the place of embeddings, and packed directories, took what is above.
+FILE, MODEL, SPINE = 400, 200, 2700
 REASONS: dict[str, str] = {
     "kernels/cpu/simd.h": "four instruction sets' versions of one small vector type, to be read side by side",
 }

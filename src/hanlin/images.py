@@ -134,7 +134,7 @@ def pixels(data: bytes, size: int) -> NDArray[np.float32]:
     """
     need("PIL", extra="vision", feature="an image in a message")
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -153,7 +153,7 @@ def pixels(data: bytes, size: int) -> NDArray[np.float32]:
             small = upright.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     except RequestError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise RequestError(f"this is not an image in {', '.join(_FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything for broken files
         reason = str(error) or type(error).__name__

@@ -87,7 +87,7 @@ def test_one_request_one_answer(model: Path, runner: str) -> None:
         assert together == alone * 2
         assert [done.ids for done in warm] == alone
         if "cache_max_entry_count" not in option:
-            assert all(done.usage.cached_tokens for done in warm)
+            assert warm[0].usage.cached_tokens and warm[-1].usage.cached_tokens  # of the blind one no block is full
 
 
 @pytest.mark.skipif(not available(), reason="no native library")
@@ -123,7 +123,7 @@ def test_prompts(model: Path) -> None:
         (job,) = conversations(asked("你好", FIRST), None, None, {})[1]
         (given,) = job.given
         text = decode(job.ids[: given.start]), decode(job.ids[given.start + 5 :])
-        assert text == ("<img>", "</img>问:你好\n答:")  # SentencePiece makes full-width marks plain ones
+        assert text == ("<img>", "</img>问：你好\n答：")
         pad = llm.tokenizer.token_id("<pad>")
         assert job.ids[given.start : given.start + 5] == (pad,) * 5 and pad not in job.ids[given.start + 5 :]
         assert job.ids[: given.start] == tuple(llm.tokenizer.encode("<img>"))

@@ -82,7 +82,8 @@ class Attention(nn.Module):
         self.dense = Dense(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense(_attend(*self.query_key_value(x).chunk(3, -1), self.heads))  # type: ignore[no-any-return]
+        q, k, v = self.query_key_value(x).chunk(3, -1)
+        return self.dense(_attend(q, k, v, self.heads))  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):
@@ -96,12 +97,13 @@ class CrossAttention(nn.Module):
         self.dense = Dense(config.width, config.width)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        return self.dense(_attend(self.query(x), *self.key_value(image).chunk(2, -1), self.heads))  # type: ignore[no-any-return]
+        k, v = self.key_value(image).chunk(2, -1)
+        return self.dense(_attend(self.query(x), k, v, self.heads))  # type: ignore[no-any-return]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """(N, places, W) each."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.view(*x.shape[:-1], heads, -1).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -119,7 +121,7 @@ def _gelu(x: Tensor) -> Tensor:
     """GELU in calls of so few numbers that torch never shares one out among threads: where it does, the ends of the
     shares take other code, and an image's embeddings would depend on the number of threads."""
     rows = x.flatten(0, -2)
-    return torch.cat([F.gelu(part) for part in rows.split(max(1, _ALONE // x.shape[-1]))]).view(x.shape)
+    return torch.cat([F.gelu(part) for part in torch.split(rows, max(1, _ALONE // x.shape[-1]))]).view(x.shape)
 
 
 class VisionBlock(nn.Module):
