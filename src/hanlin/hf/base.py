@@ -18,6 +18,7 @@ from transformers.utils import logging
 from hanlin.errors import RequestError
 from hanlin.hf.attend import CacheAttend
 from hanlin.hf.caches import CACHE, NAMES, only_cache, renamed
+from hanlin.hf.located import located
 from hanlin.layers.rope import Positions, Rope
 from hanlin.models.config import DecoderConfig
 
@@ -53,6 +54,11 @@ class HanlinConfig(PreTrainedConfig):  # type: ignore[misc]
         values = {key: value for key, value in kwargs.items() if key not in _CODE}
         # AutoModel goes through the list, and stumbles over None.
         super().__init__(**{**values, "architectures": values.get("architectures") or []})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own, by any name that `hanlin.load` takes."""
+        return super().from_pretrained(located(pretrained_model_name_or_path, kwargs), *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -91,6 +97,11 @@ class HanlinPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
         r"^(output|lm_head)\.weight$",
     )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own, by any name that `hanlin.load` takes."""
+        return super().from_pretrained(located(pretrained_model_name_or_path, kwargs), *args, **kwargs)
 
     def cuda(self, *args: Any, **kwargs: Any) -> Any:
         """To the GPU, as the cards' snippets ask for. Where torch finds none, the model stays where it is."""

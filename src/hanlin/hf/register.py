@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from hanlin.hf.located import finding, located
 from hanlin.models.registry import family_name
 
 __all__ = ["WHERE", "HFFamily", "register"]
@@ -87,6 +88,7 @@ def register(*families: HFFamily) -> None:
             exist_ok=True,
         )
     AutoTokenizer.from_pretrained = classmethod(_choosing(AutoTokenizer.from_pretrained.__func__, families))
+    finding(AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification)
 
 
 def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> Callable[..., Any]:
@@ -97,6 +99,7 @@ def _choosing(original: Callable[..., Any], families: tuple[HFFamily, ...]) -> C
 
     @wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        pretrained_model_name_or_path = located(pretrained_model_name_or_path, kwargs)
         family = _family(pretrained_model_name_or_path, kwargs, families)
         if family is None:
             return original(cls, pretrained_model_name_or_path, *inputs, **kwargs)

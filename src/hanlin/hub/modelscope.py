@@ -145,7 +145,8 @@ def _info(site: Site, wanted: HubId) -> tuple[str, dict[str, Any]]:
             if error.status not in (401, 403, 404):
                 raise
             status = error.status
-    others = [name for name in near(f"ms:{wanted.repo.partition('/')[2]}") if "/" not in name]
+    own = wanted.repo.partition("/")[2]
+    others = [name for name in near(f"ms:{own}") if "/" not in name and name.lower() != f"ms:{own}".lower()]
     meant = f"\nDid you mean: {', '.join(others)}?" if others else ""
     raise ModelNotFoundError(
         f"ModelScope shows no model {' or '.join(asked)} (HTTP {status}).{meant}\n"

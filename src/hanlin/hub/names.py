@@ -17,6 +17,7 @@ __all__ = [
     "equivalents",
     "is_default",
     "near",
+    "of_a_family",
     "parse",
     "short",
 ]
@@ -172,6 +173,11 @@ def candidates(wanted: HubId) -> tuple[str, ...]:
     family = _family(canonical.partition("/")[0])
     plain = f"{family[wanted.hub or 'hf'][0]}/{canonical.partition('/')[2]}" if family else wanted.repo
     return tuple(dict.fromkeys(repo for repo in (wanted.repo, plain, wanted.typed) if repo))
+
+
+def of_a_family(repo: str) -> bool:
+    """Whether its organisation, under whatever name, is one that released InternLM or ChatGLM."""
+    return _family(repo.partition("/")[0]) is not None
 
 
 def is_default(text: str) -> bool:

@@ -91,18 +91,16 @@ def bring(
     Raises:
         DownloadError: nothing to fetch, a hub that cannot be trusted or reached, no room, or a link in the way.
     """
-    files = chosen(wanted, listing.files, wish)
+    files, name = chosen(wanted, listing.files, wish), wanted.repo.partition("/")[2]
     announce(wanted, files, listing.licence, report)
     try:
         with lock(places.home / "locks", f"{wanted.hub}--{wanted.repo.replace('/', '--')}", str(wanted), report):
             targets = _targets(folder, files, root)
-            total = sum(file.size for file in files)
-            with _progress(report, f"Checking {wanted}", total) as tick:
-                missing = [file for file in files if not _there(targets[file.name], file, tick)]
+            missing = _missing(files, targets, f"Checking {name}", report)
             if missing:
                 _room(folder, missing, targets, wanted)
                 (folder / UNDER_WAY).touch()
-                with _progress(report, f"Fetching {wanted}", sum(file.size for file in missing)) as tick:
+                with _progress(report, f"Fetching {name}", sum(file.size for file in missing)) as tick:
                     _all(site, listing, missing, targets, tick)
                 _tidy(files, targets)
             (folder / UNDER_WAY).unlink(missing_ok=True)
@@ -129,10 +127,18 @@ def _targets(folder: Path, files: Sequence[File], root: Path) -> dict[str, Path]
     return out
 
 
-def _there(target: Path, file: File, tick: Callable[[int], None]) -> bool:
-    if target.is_symlink() or not target.is_file() or target.stat().st_size != file.size:
-        return False
-    return transfer.right(target, file, tick)
+def _missing(files: Sequence[File], targets: Mapping[str, Path], title: str, report: Report) -> list[File]:
+    """The files that are not in place with the right length and hash."""
+    there = [file for file in files if _may_be(targets[file.name], file)]
+    if not there:
+        return list(files)
+    with _progress(report, title, sum(file.size for file in there)) as tick:
+        right = {file.name for file in there if transfer.right(targets[file.name], file, tick)}
+    return [file for file in files if file.name not in right]
+
+
+def _may_be(target: Path, file: File) -> bool:
+    return not target.is_symlink() and target.is_file() and target.stat().st_size == file.size
 
 
 def _room(folder: Path, missing: Sequence[File], targets: Mapping[str, Path], wanted: HubId) -> None:
