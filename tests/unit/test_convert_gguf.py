@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +25,9 @@ from chatglm2_directory import write as write_chatglm2
 from hanlin.chat.registry import chat_format_for
 from hanlin.chat.templates import template_for
 from hanlin.checkpoints import convert_gguf as module
+from hanlin.checkpoints.base import TensorInfo
 from hanlin.checkpoints.convert import convert
+from hanlin.checkpoints.description import describe_gguf
 from hanlin.checkpoints.load import load_model
 from hanlin.checkpoints.source import open_source
 from hanlin.errors import CheckpointError, ConfigError
@@ -347,3 +352,32 @@ def test_a_first_release_gets_a_template_that_says_the_same(tmp_path: Path, kind
     assert type(chat_format_for(tokenizer, model_type="chatglm2", template=template)) is type(built_in)
     plain = load_tokenizer(make_directory(tmp_path / "b"))
     assert template_for(chat_format_for(plain, model_type="internlm2")) is None
+
+
+class Claimed:
+    """A source that says what it is told to."""
+
+    path = Path("m.gguf")
+
+    def __init__(self, infos: Any, **keys: Any) -> None:
+        self.infos = infos
+        self.metadata = {"general.architecture": "chatglm", **keys}
+
+
+@given(
+    keys=st.dictionaries(
+        st.sampled_from(
+            [
+                *(f"chatglm.{key}" for key in ("embedding_length", "attention.head_count", "attention.key_length")),
+                *(f"chatglm.rope.{key}" for key in ("freq_base", "dimension_count", "scaling.type", "scaling.factor")),
+                *("chatglm.attention.layer_norm_rms_epsilon", "chatglm.block_count", "tokenizer.ggml.eos_token_id"),
+            ]
+        ),
+        st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text() | st.lists(st.integers()),
+    )
+)
+def test_whatever_a_file_claims_is_read_or_refused(keys: dict[str, Any]) -> None:
+    shape = TensorInfo("token_embd.weight", (8, 4), "F32", 128, Path("m.gguf"))
+    source: Any = Claimed({"token_embd.weight": shape, "output.weight": shape}, **keys)
+    with suppress(ConfigError):
+        read_config(describe_gguf(source).values)

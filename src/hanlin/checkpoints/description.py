@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,10 +171,11 @@ def _chatglm2(arch: str, meta: Mapping[str, Any], source: TensorSource) -> dict[
     rows = source.infos.get("token_embd.weight")
     size = meta.get(f"{arch}.attention.key_length")
     size = size or (hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None)
+    size = size if isinstance(size, int) else None
     dims = meta.get(f"{arch}.rope.dimension_count")
     found = [] if dims is None or size is None or dims == size // 2 else [f"{dims} of {size} dimensions rotate"]
     base = _tidy(meta.get(f"{arch}.rope.freq_base")) or 10000.0
-    ratio = base / 10000.0 if isinstance(base, float) else 1.0
+    ratio = base / 10000.0 if isinstance(base, float) and math.isfinite(base) else 1.0
     kind, factor = (meta.get(f"{arch}.rope.scaling.{key}") for key in ("type", "factor"))
     if kind == "linear" and factor == 16 and ratio == 1:
         ratio = 16  # ChatGLM2-6B-32k, the one that divides positions
@@ -203,7 +205,7 @@ def _chatglm2(arch: str, meta: Mapping[str, Any], source: TensorSource) -> dict[
 
 def _rope_scaling(arch: object, meta: Mapping[str, Any], source: TensorSource) -> dict[str, Any] | None:
     ours = meta.get("hanlin.rope.scaling.type")
-    if ours is not None:  # what GGUF has no words for
+    if isinstance(ours, str):  # what GGUF has no words for
         prefix = "hanlin.rope.scaling."
         numbers = {key.removeprefix(prefix): _tidy(value) for key, value in meta.items() if key.startswith(prefix)}
         return {"rope_type" if key == "type" else key: value for key, value in numbers.items()}
