@@ -255,7 +255,7 @@ class _Rounded(Weights):
     def load(self, name: str) -> Tensor:
         value = super().load(name)
         parts = self.target.parts_of[name]
-        if all(DENSE.get(part.kind) == value.dtype for part in parts):
+        if name in self.ends() or all(DENSE.get(part.kind) == value.dtype for part in parts):
             return value
         sources = []
         for part in parts:
@@ -265,6 +265,10 @@ class _Rounded(Weights):
                 rounded[some] = decode(encode(values, part.kind), part.kind, tuple(values.shape))
             sources.append(rounded)
         return self.target.recipes[name].join(sources)
+
+    def rounded(self, name: str, rows: Tensor) -> Tensor:
+        (part,) = self.target.parts_of[name]
+        return decode(encode(rows, part.kind), part.kind, tuple(rows.shape))
 
 
 def _stored(part: _Part, value: Tensor, path: Path) -> Iterator[memoryview | bytes]:

@@ -87,6 +87,10 @@ class Weights:
         value = recipe.join([self.source.load(part) for part in recipe.sources])
         return value[: self.model.get_parameter(name).shape[0]]
 
+    def rounded(self, name: str, rows: Tensor) -> Tensor:
+        """Some whole rows of the embedding or the head, with the values that a target can hold: here all."""
+        return rows
+
     def ends(self) -> tuple[str, str]:
         """The names of the embedding and the head; the same twice where they are one."""
         return _ends(self.model)
@@ -135,9 +139,7 @@ def probe(weights: Weights) -> Tensor:
     names = {id(module): name for name, module in model.named_modules()}
     ids = torch.tensor([(7919 * i + 1) % weights.config.vocab_size for i in range(_PROBE_LENGTH)])
     first, last = weights.ends()
-    embedding = weights.load(first)
-    x = embedding[ids].float()
-    del embedding
+    x = weights.rounded(first, weights.load(first)[ids]).float()
     rotation = Rope(weights.config.rope)(Positions(torch.arange(len(ids))[None]))
     attend = PackedAttend([len(ids)])
     for index, block in enumerate(layers):
@@ -146,7 +148,7 @@ def probe(weights: Weights) -> Tensor:
     with _filled(weights, parts.norm, names[id(parts.norm)]):
         row = parts.norm(x)[-1]
     head = weights.load(last)
-    logits = torch.cat([rows.float() @ row for rows in torch.split(head, _HEAD_ROWS)])
+    logits = torch.cat([weights.rounded(last, rows).float() @ row for rows in torch.split(head, _HEAD_ROWS)])
     bias = last.removesuffix("weight") + "bias"
     return logits + weights.load(bias).float() if bias in weights.wanted else logits
 
