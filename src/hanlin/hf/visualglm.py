@@ -44,7 +44,7 @@ class VisualGLMConfig(ChatGLMConfig):
 class ChatGLMForConditionalGenerationWithImage(ChatGLMForConditionalGeneration):
     """The language model with its image encoder, and the `chat` and `stream_chat` of the model card."""
 
-    config_class = VisualGLMConfig
+    config_class = VisualGLMConfig  # type: ignore[assignment]
 
     def __init__(self, config: VisualGLMConfig) -> None:
         super().__init__(config)
@@ -54,14 +54,18 @@ class ChatGLMForConditionalGenerationWithImage(ChatGLMForConditionalGeneration):
         self.post_init()
         self.freeze()
 
-    def forward(
+    def forward(  # type: ignore[override]  # as released: it takes images
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         images: Tensor | None = None,
         pre_image_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """As ChatGLM's; `images` (N, 3, S, S), normalised, take the places from `pre_image_length` on."""
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
         if images is None or input_ids is None:
             return super().forward(input_ids=input_ids, **kwargs)
         rows, length = input_ids.shape
