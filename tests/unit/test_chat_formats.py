@@ -189,7 +189,9 @@ def test_a_name_decides_alone(name: str, found: str) -> None:
 
 
 def test_every_listed_format_can_be_had() -> None:
-    tokenizer = ByteTokenizer((*INTERNLM2_TOKENS, "<eoh>", "<eoa>", "[gMASK]", "<sop>", "sop", "<eop>", *ROLE_TOKENS))
+    tokenizer = ByteTokenizer(
+        (*INTERNLM2_TOKENS, "<eoh>", "<eoa>", "[gMASK]", "<sop>", "sop", "<eop>", "<pad>", *ROLE_TOKENS)
+    )
     for name in list_formats():
         assert chat_format_for(tokenizer, model_type="", template="x", name=name).name == name
 

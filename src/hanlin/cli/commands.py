@@ -124,7 +124,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("/stats", "", "Speed and memory of the last reply.", _stats),
     Command("/save", "FILE", "Save the conversation as JSON.", _save),
     Command("/load", "FILE", "Go on with a saved conversation.", _load),
-    Command("/image", "FILE", "Show an image with the next question, to a model that sees.", _image),
+    Command("/image", "FILE", "Show an image with the next question.", _image),
     Command("/exit", "", "Leave. So does the bare word `stop`.", _exit),
 )
 
