@@ -26,8 +26,8 @@ __all__ = ["REQUIRED", "Check", "doctor", "examine"]
 Status = Literal["ok", "warn", "fail"]
 
 REQUIRED = (
-    "torch numpy safetensors sentencepiece tokenizers jinja2 huggingface-hub filelock gguf typer rich prompt-toolkit "
-    "platformdirs"
+    "torch numpy safetensors sentencepiece tokenizers jinja2 huggingface-hub httpx filelock gguf llguidance typer rich "
+    "prompt-toolkit platformdirs fastapi uvicorn pydantic prometheus-client"
 ).split()
 _OPTIONAL = ("transformers", "peft", "accelerate")
 
