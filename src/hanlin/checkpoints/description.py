@@ -162,7 +162,10 @@ def describe_gguf(source: TensorSource) -> Description:
 
 def _tidy(number: Any) -> Any:
     """A float32 as the shortest number that becomes it: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(number))) if isinstance(number, float) else number
+    if not isinstance(number, float):
+        return number
+    with np.errstate(over="ignore"):  # a float64 too large for one becomes infinite, and is refused as such
+        return float(str(np.float32(number)))
 
 
 def _chatglm2(arch: str, meta: Mapping[str, Any], source: TensorSource) -> dict[str, Any]:
