@@ -17,7 +17,12 @@ from serving import app_client, events
 
 KINDS = ("chatglm3-6b", "glm-4-9b-chat")
 OPTIONS = {"cache_bytes": 8 << 20, "packed_cache": False, "threads": 1, "dtype": "float32", "session_len": 1500}
-CITY = {"type": "object", "properties": {"city": {"enum": ["Beijing", "Shanghai"]}}, "required": ["city"]}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Beijing", "Shanghai"]}},
+    "required": ["city"],
+    "additionalProperties": False,  # a random model would write more of them than fit
+}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": CITY}}
 PYTHON = {"type": "code_interpreter"}
 ASKED = [{"role": "user", "content": "the cat sat on 你好?"}]
