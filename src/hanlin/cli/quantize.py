@@ -75,7 +75,7 @@ def quantize(
         ),
     ] = None,
 ) -> None:
-    """Quantise a model into files that Hanlin, Transformers, vLLM and LMDeploy load.
+    """Quantise a model into files in the formats of AWQ, GPTQ and compressed-tensors.
 
     hanlin quantize internlm2_5-1_8b-chat out --calibration text.txt
     hanlin quantize model.gguf out --method gptq --bits 8 --calibration chats.jsonl

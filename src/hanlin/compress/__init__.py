@@ -1,1 +1,1 @@
-"""Quantising a model's weights into files that Transformers, vLLM and LMDeploy load: see docs/quantize.md."""
+"""Quantising a model's weights into AWQ's, GPTQ's and compressed-tensors' formats: see docs/quantize.md."""
