@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -122,13 +124,43 @@ sys.exit(serve(config, app=app, ready=ready))
 """
 
 
-def test_a_dead_engine_is_told_and_ends_the_process(directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dead_engine_is_told_and_ends_the_process(directory: Path, tmp_path: Path, stream: bool) -> None:
     with process([sys.executable, "-c", DYING, str(directory)], tmp_path / "log") as (server, url):
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body(2000), timeout=60)
-        assert answer.status_code == 500 and "on fire" in answer.json()["error"]["message"]
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body(2000, stream=stream), timeout=60)
+        if stream:  # the status was sent with the first piece
+            *_, last, done = answer.text.strip().split("\n\n")
+            assert answer.status_code == 200 and done == "data: [DONE]"
+            error = json.loads(last.removeprefix("data: "))["error"]
+        else:
+            assert answer.status_code == 500
+            error = answer.json()["error"]
+        assert "on fire" in error["message"]
         assert httpx.get(f"{url}/health").status_code == 503
         assert httpx.get(f"{url}/ready").status_code == 503
         assert server.wait(30) == 1
+
+
+IMPATIENT = """
+import sys
+from hanlin.serve.run import serve
+from hanlin.serve.settings import Limits, ModelSpec, ServeConfig
+
+options = {"cache_bytes": 4 << 20, "threads": 1, "session_len": 256}
+config = ServeConfig(
+    port=0, models=(ModelSpec(source=sys.argv[1], name="tiny", options=options),), limits=Limits(read_seconds=0.5)
+)
+serve(config, ready=lambda url: print("Hanlin serves at", url, file=sys.stderr, flush=True))
+"""
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"])
+def test_headers_that_do_not_come_end_the_connection(directory: Path, tmp_path: Path, sent: bytes) -> None:
+    with process([sys.executable, "-c", IMPATIENT, str(directory)], tmp_path / "log") as (_, url):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as slow:
+            slow.sendall(sent)
+            assert slow.recv(1) == b""  # closed; a server that waits for ever ends this in a timeout
+        assert httpx.get(f"{url}/health").status_code == 200
 
 
 def test_tls(directory: Path, tmp_path: Path) -> None:

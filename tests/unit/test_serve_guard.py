@@ -76,6 +76,14 @@ def test_pages_of_other_origins_may_not_call(origin: str, status: int) -> None:
     assert allowed == (origin if origin == "https://page.example" else None)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_without_cors_origins_no_other_page_may_call(method: str) -> None:
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    answer = ask(method, headers=asked)
+    assert answer.status_code == 403
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
 def test_preflights_are_answered_for_allowed_origins_only() -> None:
     config = ServeConfig(cors_origins=("https://page.example",), keys=KEYS)
     asked = {"Access-Control-Request-Method": "POST"}
