@@ -14,7 +14,7 @@
 #include <unistd.h>
 #endif
 #if defined(__linux__)
-#include <sys/resource.h>
+#include <time.h>
 #endif
 
 namespace hl {
@@ -40,17 +40,20 @@ inline int64_t process_id() {
 #endif
 }
 
-// How often this thread was made to give up its core for others, where the system tells.
-#if defined(__linux__) && defined(RUSAGE_THREAD)
-constexpr bool tells_preemptions = true;
-inline long preemptions() {
-  rusage usage;
-  return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
+// Seconds that this thread has run, where the system tells; what it waited for a core does not count.
+#if defined(__linux__) && defined(CLOCK_THREAD_CPUTIME_ID)
+constexpr bool tells_run_time = true;
+inline double run_time() {
+  timespec t;
+  return clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0 ? double(t.tv_sec) + 1e-9 * double(t.tv_nsec) : 0.0;
 }
 #else
-constexpr bool tells_preemptions = false;
-inline long preemptions() { return 0; }
+constexpr bool tells_run_time = false;
+inline double run_time() { return 0.0; }
 #endif
+inline double wall_time() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // Rounding and denormals as IEEE has them while it lives: a caller that flushes denormals to zero would otherwise
 // compute other bits in rank 0 than the workers do.
@@ -79,6 +82,21 @@ class PlainFloats {
 };
 
 }  // namespace
+
+// What this thread has seen of its time while it had work or waited awake.
+struct Watch {
+  double wall = 0, ran = 0;         // when it last looked, woke or began
+  double passed = 0, had_core = 0;  // since neighbours were last judged
+
+  void start() { wall = wall_time(), ran = run_time(); }
+  void look() {
+    const double wall_before = wall, ran_before = ran;
+    start();
+    passed += wall - wall_before;
+    had_core += ran - ran_before;
+  }
+};
+thread_local Watch watch;
 
 struct Pool::State {
   explicit State(int n)
@@ -141,7 +159,7 @@ struct Pool::State {
           if (value != old) return value;
           relax();
         }
-        if (!tells_preemptions) std::this_thread::yield();
+        if (!tells_run_time) std::this_thread::yield();
       }
     }
     std::unique_lock<std::mutex> lock(mutex);
@@ -149,24 +167,20 @@ struct Pool::State {
     uint32_t value;
     while ((value = word.load()) == old) changed.wait(lock);
     sleepers.fetch_sub(1);
+    watch.start();  // what was slept is no loss
     return value;
   }
 
-  // Neighbours are noticed by what they take: three preemptions within a few runs, and are forgotten as slowly.
-  bool crowded() const { return crowding.load(std::memory_order_relaxed) > 8; }
+  // Neighbours are noticed by the time they take. How often they interrupt would not tell: this process's own threads
+  // do so for moments in every step, and took a machine for crowded that was not (16 sequences: 26 ms a step, not 11).
+  bool crowded() const { return lost.load(std::memory_order_relaxed) > 0.2f; }
 
   void look_around() {
-    thread_local long seen = preemptions();  // the thread's, whatever pools it works for
-    const long now = preemptions(), more = now - seen;
-    seen = now;
-    if (more <= 0) return;
-    const int level = crowding.load(std::memory_order_relaxed) + 4 * static_cast<int>(std::min(more, 16L));
-    crowding.store(std::min(64, level), std::memory_order_relaxed);
-  }
-
-  void calm_down() {
-    const int level = crowding.load(std::memory_order_relaxed);
-    if (level > 0) crowding.store(level - 1, std::memory_order_relaxed);
+    watch.look();
+    if (watch.passed < 20e-3) return;  // the system's own interruptions last up to some milliseconds
+    const float share = tells_run_time ? static_cast<float>(1.0 - watch.had_core / watch.passed) : 0.0f;
+    watch.passed = watch.had_core = 0;
+    lost.store(std::max(share, 0.8f * lost.load(std::memory_order_relaxed)), std::memory_order_relaxed);
   }
 
   void set(std::atomic<uint32_t>& word, uint32_t value) {
@@ -188,7 +202,7 @@ struct Pool::State {
   alignas(64) std::atomic<uint32_t> phase{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> sleepers{0};
-  std::atomic<int> crowding{0};
+  std::atomic<float> lost{0.0f};  // the share of their time that threads lately waited for a core
   std::mutex mutex;
   std::condition_variable changed;
 };
@@ -212,7 +226,7 @@ void Pool::run_erased(Erased call, const void* body) {
   }
   const PlainFloats plain;
   State& s = *state_;
-  s.calm_down();
+  watch.start();  // what the caller did before is none of ours
   s.call = call;
   s.body = body;
   s.set(s.epoch, s.epoch.load(std::memory_order_relaxed) + 1);
