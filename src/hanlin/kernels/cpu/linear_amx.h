@@ -423,7 +423,7 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
 // From how many rows on tiles are faster (measured on a Xeon of the fourth generation).
 template <int Kind>
 bool wants_tiles(int64_t rows) {
-  return Kind != HL_F32 && rows > (Kind == HL_BF16 ? 4 : 6);
+  return Kind != HL_F32 && rows > (Kind == HL_BF16 ? 4 : 12);
 }
 
 template <int Kind>
