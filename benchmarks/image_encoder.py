@@ -1,6 +1,6 @@
 """The image encoder of VisualGLM-6B at its true shape, with random weights: seconds for an image, and peak memory.
 
-    python benchmarks/image_encoder.py [--threads N] [--torch]
+python benchmarks/image_encoder.py [--threads N] [--torch]
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--seconds 1800] [--clients 12] [--seed 1] [--patience 120] [--no-write]
 
 Every well-formed request must get the bytes that it gets on a quiet server. At the end nothing may run or wait, all
-blocks of the cache must be free, and memory must be back where it was after the warm-up. On a machine that is busy with other
-things, more `--patience` keeps what is slow from being called stuck; figures of time mean nothing there.
+blocks of the cache must be free, and memory must be back where it was after the warm-up. On a machine that is busy with
+other things, more `--patience` keeps what is slow from being called stuck; figures of time mean nothing there.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--warm", type=float, default=10, help="seconds of the same before memory is measured first")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds after which an answer is called stuck")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds until an answer is called stuck")
     parser.add_argument("--log", type=Path, default=Path("soak.log"))
     parser.add_argument("--no-write", action="store_true")
     given = parser.parse_args()

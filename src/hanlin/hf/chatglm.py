@@ -320,20 +320,20 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GLMCausalLM):
         self.lm_head = RowQuantisedLinear.of(cast(Linear, self.lm_head), bits, empty=empty)
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' own; the files of ChatGLM2 and all later ones give their class of this name."""
+        name = pretrained_model_name_or_path
         if kwargs.get("config") is None:
-            where = {name: kwargs[name] for name in WHERE if name in kwargs}
-            config = ChatGLMConfig.from_pretrained(path, **where)
+            config = ChatGLMConfig.from_pretrained(name, **{key: kwargs[key] for key in WHERE if key in kwargs})
             if hasattr(config, "eva_config") and cls is ChatGLMForConditionalGeneration:
                 from hanlin.hf.visualglm import ChatGLMForConditionalGenerationWithImage
 
-                return ChatGLMForConditionalGenerationWithImage.from_pretrained(path, *args, **kwargs)
+                return ChatGLMForConditionalGenerationWithImage.from_pretrained(name, *args, **kwargs)
             if not isinstance(config, ChatGLMConfig):
                 from hanlin.hf.chatglm2 import ChatGLMForConditionalGeneration as Later
 
-                return Later.from_pretrained(path, *args, **kwargs)
-        return super().from_pretrained(path, *args, **kwargs)
+                return Later.from_pretrained(name, *args, **kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
 
     @property
     def harmless(self) -> int:
