@@ -87,7 +87,7 @@ class RopeConfig:
             raise ConfigError(f"rope_scaling must be a mapping or null, not {value!r}")
         kind = value.get("rope_type", value.get("type", "default"))
         kind = "none" if kind in (None, "default", "none") else kind
-        if kind not in _NUMBERS:
+        if not isinstance(kind, str) or kind not in _NUMBERS:
             raise ConfigError(f"rope_scaling: unknown type {kind!r}. Known: {', '.join(_NUMBERS)}.")
         other = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
         given = {k: v for k, v in value.items() if k not in other}
