@@ -95,7 +95,7 @@ class RopeConfig:
         for key, number in given.items():
             if key not in (*_NUMBERS[kind], *_OPTIONAL[kind]):
                 found.append(f"unknown key {key!r} could change numbers")
-            elif number is not None and (not isinstance(number, (int, float)) or not 0 <= number < math.inf):
+            elif number is not None and (not isinstance(number, (int, float)) or not 0 <= number < 1e300):
                 found.append(f"{key} must be a finite number >= 0, not {number!r}")
         if not found and kind != "none" and float(given["factor"]) < 1:
             found.append(f"factor must be >= 1, not {given['factor']!r}")

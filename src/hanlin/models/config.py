@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +80,11 @@ class DecoderConfig:
             raise ConfigError(problems(f"{self.model_type} configuration", found))
 
 
+def _is_number(value: Any) -> bool:
+    """A finite number that a float can hold; JSON's whole numbers may have any length."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
 class Reader:
     """Takes typed values out of a configuration and remembers all that is wrong with it.
 
@@ -112,7 +116,7 @@ class Reader:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
-        return float(self._take(key, default, lambda v: type(v) in (int, float) and math.isfinite(v), "a number"))
+        return float(self._take(key, default, _is_number, "a number"))
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._take(key, default, lambda v: isinstance(v, bool), "true or false"))
@@ -142,10 +146,10 @@ class Reader:
         scaling, parameters, old = self.raw("rope_scaling"), self.raw("rope_parameters"), self.raw("rotary")
         given = self.values.get("rope_theta")
         if isinstance(parameters, Mapping):
-            base = float(parameters.get("rope_theta", base))
+            base = self._base("rope_parameters", "rope_theta", parameters, base)
             scaling = scaling if scaling is not None else parameters
         if isinstance(old, Mapping):
-            base = float(old.get("base", base))
+            base = self._base("rotary", "base", old, base)
             if scaling is None and old.get("type") == "dynamic":
                 scaling = {"type": "dynamic", "factor": old.get("scaling_factor", 1.0)}
         if given is not None:
@@ -157,6 +161,13 @@ class Reader:
         except ConfigError as error:
             self.found.append(str(error))
             return plain
+
+    def _base(self, where: str, key: str, values: Mapping[str, Any], default: float) -> float:
+        value = values.get(key)
+        if value is None or _is_number(value):
+            return default if value is None else float(value)
+        self.found.append(f"'{key}' of '{where}' must be a number, not {value!r}")
+        return default
 
     def finish(self) -> None:
         """Raises:
