@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -67,36 +68,76 @@ def free_port() -> int:
         return port
 
 
-async def _drive(url: str, model: str, texts: list[str], clients: int, tokens: int, stream: bool) -> float:
+class _Connection(asyncio.Protocol):
+    """HTTP/1.1 that looks for the end of an answer and no further: what clients spend, a server on two cores lacks."""
+
+    def __init__(self, host: str) -> None:
+        self._head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
+        )
+        self._came = bytearray()
+        self._whole: asyncio.Future[bytes] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._came += data
+        if self._whole is not None and not self._whole.done() and self._ended():
+            self._whole.set_result(bytes(self._came))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._whole is not None and not self._whole.done():
+            self._whole.set_exception(error or ConnectionResetError("the server hung up"))
+
+    async def ask(self, body: dict[str, Any]) -> bytes:
+        """The answer's bytes, its head included."""
+        self._came.clear()
+        self._whole = asyncio.get_running_loop().create_future()
+        data = json.dumps(body).encode()
+        self._transport.write(self._head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        return await self._whole
+
+    def _ended(self) -> bool:
+        if self._came.endswith(b"\r\n0\r\n\r\n"):
+            return True
+        head, found, _ = bytes(self._came[:4096]).partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        return bool(found and length) and len(self._came) == len(head) + 4 + int(length[1])  # type: ignore[index]
+
+
+async def _drive(
+    url: str, model: str, texts: list[str], clients: int, tokens: int, stream: bool
+) -> tuple[float, float]:
     left = iter(texts)
-    body = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    host, port = url.rpartition("/")[2].split(":")
+    loop = asyncio.get_running_loop()
 
-        async def client() -> None:
-            for text in left:
-                asked = {**body, "messages": [{"role": "user", "content": text}]}
-                if not stream:
-                    answer = await http.post("/v1/chat/completions", json=asked)
-                    got = answer.json()["usage"]["completion_tokens"]
-                    assert got == tokens, f"{got} tokens instead of {tokens}: {answer.text[:300]}"
-                    continue
-                async with http.stream("POST", "/v1/chat/completions", json=asked) as answer:
-                    assert answer.status_code == 200
-                    async for _ in answer.aiter_raw():
-                        pass
+    async def client() -> None:
+        transport, connection = await loop.create_connection(lambda: _Connection(f"{host}:{port}"), host, int(port))
+        for text in left:
+            answer = await connection.ask({**body, "messages": [{"role": "user", "content": text}]})
+            got = re.findall(rb'"completion_tokens": ?(\d+)', answer)
+            assert got and int(got[-1]) == tokens, f"not {tokens} tokens: {answer[:500]!r}"
+        transport.close()
 
-        began = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return time.perf_counter() - began
+    began, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
-def _in_process(arguments: tuple[Any, ...]) -> float:
+def _in_process(arguments: tuple[Any, ...]) -> tuple[float, float]:
     return asyncio.run(_drive(*arguments))
 
 
-def drive(url: str, model: str, texts: list[str], clients: int, *, tokens: int = TOKENS, stream: bool = False) -> float:
-    """Seconds that so many clients need for all prompts; in a process of their own."""
+def drive(
+    url: str, model: str, texts: list[str], clients: int, *, tokens: int = TOKENS, stream: bool = False
+) -> tuple[float, float]:
+    """Seconds that so many clients need for all prompts, in a process of their own; and its seconds of CPU."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(_in_process, ((url, model, texts, clients, tokens, stream),))
 
@@ -127,10 +168,12 @@ def overhead(repeats: int) -> list[list[object]]:
         for clients in (16, 64):
             ratios: dict[bool, list[float]] = {False: [], True: []}
             speeds: dict[object, list[float]] = {False: [], True: [], "direct": []}
+            spent: dict[bool, list[float]] = {False: [], True: []}
             for repeat in range(repeats):
                 for stream in (False, True):
                     texts = prompts(clients * 2, 30, 100 * clients + 2 * repeat + stream)
-                    served = drive(url, "smollm2", texts, clients, stream=stream)
+                    served, cpu = drive(url, "smollm2", texts, clients, stream=stream)
+                    spent[stream].append(cpu / served)
                     with hanlin.load(max_batch_size=clients) as llm:  # its threads spin: it lives only while it works
                         turns = [[{"role": "user", "content": text}] for text in texts]
                         llm.chat(turns[:1], max_tokens=4)
@@ -148,6 +191,7 @@ def overhead(repeats: int) -> list[list[object]]:
                         statistics.median(speeds[stream]),
                         statistics.median(speeds["direct"]),
                         f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
+                        f"{statistics.median(spent[stream]):.1%}",
                     ]
                 )
     return rows
@@ -226,7 +270,7 @@ def against(others: dict[str, tuple[Any, str]], repeats: int) -> list[list[objec
             with start() as url:
                 drive(url, model, prompts(16, 30, 5), 16)
                 texts = prompts(48, 30, 1000 + repeat)
-                speeds.setdefault(name, []).append(len(texts) * TOKENS / drive(url, model, texts, 16))
+                speeds.setdefault(name, []).append(len(texts) * TOKENS / drive(url, model, texts, 16)[0])
     ours = statistics.median(speeds["hanlin"])
     return [[name, statistics.median(s), min(s), max(s), ours / statistics.median(s)] for name, s in speeds.items()]
 
@@ -246,7 +290,7 @@ def main() -> None:
     sections = []
     if given.only in (None, "overhead"):
         rows = overhead(given.repeats)
-        head = ("load", "tokens/s over HTTP", "tokens/s, LLM.chat", "share (median, runs)")
+        head = ("load", "tokens/s over HTTP", "tokens/s, LLM.chat", "share (median, runs)", "of a core, the clients")
         sections.append("## HTTP against the same prompts in one call\n\n" + table(head, rows))
     if given.only in (None, "newcomers"):
         head = ("request", "count", "median ms", "95% ms", "longest ms")

@@ -26,8 +26,9 @@ from hanlin.checkpoints import base, stored
 from hanlin.checkpoints.load import load_model
 from hanlin.checkpoints.safetensors_writer import save_safetensors
 from hanlin.engine.lowering import Lowering
+from hanlin.errors import ConfigError
 from hanlin.kernels import packed_cache
-from hanlin.kernels.native import Arena, Context, available, unavailable_reason
+from hanlin.kernels.native import Arena, Context, add_sums, available, unavailable_reason
 from hanlin.kernels.packed_cache import PAGE, PackedCache, PackedKey, digest_of_files
 from hanlin.options import EngineConfig
 
@@ -35,6 +36,25 @@ pytestmark = pytest.mark.skipif(not available(), reason=f"the native library: {u
 
 KEY = PackedKey.of("model", "state", ["form"])
 PAGES = 600
+
+
+@pytest.mark.parametrize("shape", [(0, 512), (1, 1), (3, 5), (7, 512)])
+def test_sums_of_rows_and_columns_are_those_of_whole_numbers(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng()
+    words, before = (rng.integers(0, 2**64, size, np.uint64) for size in (shape, shape[1]))
+    rows, columns = np.full(shape[0], 7, np.uint64), before.copy()
+    add_sums(words, rows, columns)
+    exact = words.astype(object)
+    assert rows.tolist() == [sum(row) % 2**64 for row in exact.tolist()]
+    assert columns.tolist() == [sum(c, int(b)) % 2**64 for c, b in zip(exact.T.tolist(), before, strict=True)]
+
+
+def test_sums_name_an_array_that_does_not_fit() -> None:
+    words = np.zeros((2, 3), np.uint64)
+    with pytest.raises(ConfigError, match=r"rows: shape must be \(2,\), not \(3,\)"):
+        add_sums(words, np.zeros(3, np.uint64), np.zeros(3, np.uint64))
+    with pytest.raises(ConfigError, match="columns: dtype must be uint64, not int64"):
+        add_sums(words, np.zeros(2, np.uint64), np.zeros(3, np.int64))
 
 
 def filled(pages: int = PAGES, seed: int = 0) -> Arena:

@@ -36,6 +36,7 @@ __all__ = [
     "Kind",
     "PackedWeight",
     "Source",
+    "add_sums",
     "available",
     "describe",
     "huge_pages",
@@ -44,7 +45,7 @@ __all__ = [
     "unavailable_reason",
 ]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LAYOUT_VERSION = 1  # of the packed layouts, which are in files too: another one for other bytes of the same weight
 TILE = 32  # outputs that are stored together
 ADD, SILU_MUL, GELU = 1, 2, 4  # what happens to a product before it is written
@@ -133,6 +134,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hl_threads": (_I32, (_P,)),
     "hl_alloc": (_I32, (_I64, ctypes.POINTER(_P))),
     "hl_free": (None, (_P, _I64)),
+    "hl_sums": (_I32, (_P, _I64, _I64, _P, _P)),
     "hl_packed_bytes": (_I64, (_I32, _I64, _I64, _I32)),
     "hl_pack": (_I32, (_P, ctypes.POINTER(Weight), _I32, _P, _I64, _I64, _P, ctypes.POINTER(_I64))),
     "hl_pack_codes": (_I32, (_P, ctypes.POINTER(Weight), _P, _P, _P, _I64, _I64, _P, ctypes.POINTER(_I64))),
@@ -275,6 +277,20 @@ def _pointer(array: Any, name: str, dtypes: Sequence[str], shape: tuple[int, ...
     if found:
         raise ConfigError(problems(name, found))
     return address
+
+
+def add_sums(words: Any, rows: Any, columns: Any) -> None:
+    """Sums modulo 2^64 of `words` (R, C): of each row to `rows` (R,), of each column added to `columns` (C,).
+
+    All are uint64. Python's lock is free meanwhile.
+
+    Raises:
+        ConfigError: arrays that are not so.
+    """
+    library, shape = _library(), tuple(words.shape)
+    given = ((words, "words", shape), (rows, "rows", shape[:1]), (columns, "columns", shape[1:]))
+    at, to, add = (_pointer(array, name, ("uint64",), wanted) for array, name, wanted in given)
+    _check(library, library.hl_sums(at, *shape, to, add))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hanlin.errors import CheckpointError
-from hanlin.kernels.native import Arena, default_threads, huge_pages
+from hanlin.kernels.native import Arena, add_sums, default_threads, huge_pages
 
 __all__ = ["PAGE", "Found", "PackedCache", "PackedImage", "PackedKey", "digest_of_files", "sums_of"]
 
@@ -197,9 +197,8 @@ class _Sums:
         self._lock = threading.Lock()
 
     def add(self, start: int, piece: NDArray[np.uint8]) -> None:
-        words = piece.view(np.uint64).reshape(-1, PAGE // 8)
-        words.sum(1, out=self._rows[start // PAGE : start // PAGE + len(words)])
-        columns = words.sum(0)
+        words, columns = piece.view(np.uint64).reshape(-1, PAGE // 8), np.zeros(PAGE // 8, np.uint64)
+        add_sums(words, self._rows[start // PAGE : start // PAGE + len(words)], columns)
         with self._lock:
             self._columns += columns
 

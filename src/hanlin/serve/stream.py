@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,10 +24,11 @@ log = logging.getLogger("hanlin.serve")
 
 DONE = b"data: [DONE]\n\n"
 _PING_SECONDS = 15.0
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 def event(value: Any, name: str | None = None) -> bytes:
@@ -59,17 +63,21 @@ class EventStream(Response):
         self.call, self._pieces, self._on_error, self._ping = call, pieces, on_error, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._sending, self._since = False, time.monotonic()
         pump = asyncio.ensure_future(self._pump(send))
+        watch = asyncio.ensure_future(self._watch(send))
         gone = asyncio.ensure_future(disconnected(self.call.request))
         error: BaseException | None = None
         try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({pump, watch, gone}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
                 error = pump.result()
+            elif watch.done():
+                error = watch.result()
         finally:
-            for task in (pump, gone):
+            for task in (pump, watch, gone):
                 task.cancel()
-            await asyncio.gather(pump, gone, return_exceptions=True)
+            await asyncio.gather(pump, watch, gone, return_exceptions=True)
             with contextlib.suppress(Exception):
                 await self._pieces.aclose()  # type: ignore[attr-defined]
             self.call.close(error)
@@ -80,9 +88,12 @@ class EventStream(Response):
         try:
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for piece in self._paced():
-                    await self._send(send, {"type": "http.response.body", "body": piece, "more_body": True})
-            except (OSError, asyncio.TimeoutError):
+                with anyio.move_on_after(self.call.seconds_left) as time_left:
+                    async for piece in self._pieces:
+                        await self._send(send, {"type": "http.response.body", "body": piece, "more_body": True})
+                if time_left.cancelled_caught:
+                    raise self.call.late()
+            except OSError:
                 raise
             except Exception as failure:
                 error = failure
@@ -93,33 +104,31 @@ class EventStream(Response):
                     send, {"type": "http.response.body", "body": self._on_error(answer), "more_body": True}
                 )
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-        except (OSError, asyncio.TimeoutError) as failure:  # the client has gone, or has stopped reading
+        except OSError as failure:  # the client has gone
             return failure
         return error
 
     async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        await asyncio.wait_for(send(message), self.call.limits.write_seconds or None)
+        """Send, noting since when: a timer for each piece would cost as much as the piece."""
+        self._sending, self._since = True, time.monotonic()
+        await send(message)
+        self._sending, self._since = False, time.monotonic()
 
-    async def _paced(self) -> AsyncIterator[bytes]:
-        """The pieces, with pings in long silences, until time is up."""
-        step: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(anext(self._pieces))
-                while not step.done():
-                    left = self.call.seconds_left
-                    await asyncio.wait({step}, timeout=_PING_SECONDS if left is None else min(_PING_SECONDS, left))
-                    if not step.done():
-                        if self.call.seconds_left == 0:
-                            raise self.call.late()
-                        if self._ping:
-                            yield self._ping
+    async def _watch(self, send: Send) -> BaseException:
+        """Ping in long silences; return when the client has stopped reading."""
+        limit = self.call.limits.write_seconds or math.inf
+        late = asyncio.TimeoutError(f"the client has not read for {limit:g} s")
+        while True:
+            await asyncio.sleep(min(_PING_SECONDS, limit) / 4)
+            quiet = time.monotonic() - self._since
+            if self._sending:
+                if quiet > limit:
+                    return late
+            elif self._ping and quiet >= _PING_SECONDS:
+                body = {"type": "http.response.body", "body": self._ping, "more_body": True}
                 try:
-                    piece = step.result()
-                except StopAsyncIteration:
-                    return
-                yield piece
-        finally:
-            if step is not None and not step.done():
-                step.cancel()
-                await asyncio.gather(step, return_exceptions=True)
+                    await asyncio.wait_for(self._send(send, body), self.call.limits.write_seconds or None)
+                except asyncio.TimeoutError:
+                    return late
+                except OSError as gone:
+                    return gone

@@ -34,6 +34,23 @@ extern "C" void hl_close(hl_ctx* ctx) { delete ctx; }
 extern "C" const char* hl_isa_name(const hl_ctx* ctx) { return ctx->isa->name; }
 extern "C" int32_t hl_threads(const hl_ctx* ctx) { return ctx->pool.size(); }
 
+extern "C" int32_t hl_sums(const uint64_t* words, int64_t rows, int64_t columns, uint64_t* row_sums,
+                           uint64_t* column_sums) {
+  if (rows < 0 || columns < 0 || ((words == nullptr || column_sums == nullptr) && rows * columns > 0) ||
+      (row_sums == nullptr && rows > 0))
+    return hl::fail(HL_ERR_ARGUMENT, "hl_sums: bad arguments");
+  uint64_t* __restrict to = column_sums;  // else it could be among the words, and nothing is done four at a time
+  for (int64_t r = 0; r < rows; ++r, words += columns) {
+    uint64_t sum = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      sum += words[c];
+      to[c] += words[c];
+    }
+    row_sums[r] = sum;
+  }
+  return HL_OK;
+}
+
 #if defined(_WIN32) || defined(__SANITIZE_ADDRESS__)  // the sanitizer watches the ends of what malloc gives
 
 extern "C" int32_t hl_alloc(int64_t bytes, void** memory) {

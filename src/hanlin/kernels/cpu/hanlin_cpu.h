@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define HL_ABI_VERSION 4
+#define HL_ABI_VERSION 5
 
 typedef enum hl_status {
   HL_OK = 0,
@@ -63,6 +63,10 @@ HL_API int32_t hl_threads(const hl_ctx* ctx);
 /* Zeroed, aligned to 2 MiB (64 bytes below 1 MiB), in transparent huge pages where the system grants them. */
 HL_API int32_t hl_alloc(int64_t bytes, void** memory);
 HL_API void hl_free(void* memory, int64_t bytes);
+
+/* Sums, modulo 2^64, of the rows (one a row) and of the columns (added to what is there) of words (rows, columns),
+ * reading each word once. */
+HL_API int32_t hl_sums(const uint64_t* words, int64_t rows, int64_t columns, uint64_t* row_sums, uint64_t* column_sums);
 
 /* ---- packed weights ------------------------------------------------------------------------------------------ */
 
