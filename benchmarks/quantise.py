@@ -43,11 +43,11 @@ KINDS: dict[str, tuple[bool, Settings]] = {
         for group in (128, 32, 64)
         for method in ("rtn", "awq", "gptq")
     },
-    "gptq-4-128, symmetric": (True, Settings(method="gptq")),
+    "gptq-4-128 symmetric": (True, Settings(method="gptq")),
     "rtn-8-64": (True, Settings(method="rtn", bits=8, group_size=64)),
     "gptq-8-64": (True, Settings(method="gptq", bits=8, group_size=64)),
     **{
-        f"{method}-4-{group}, from Q4_1's grid": (
+        f"{method}-4-{group} on Q4_1's grid": (
             False,
             Settings(method=method, group_size=group, symmetric=False, format="gptq" if group == 128 else None),
         )

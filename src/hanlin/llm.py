@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -54,8 +56,9 @@ def load(
     placement = assembly.place(settings)
     placement.prefix = Path(settings.ptuning_checkpoint) if settings.ptuning_checkpoint else None
     placement.adapter = Path(settings.adapter) if settings.adapter is not None else None
-    loaded = assembly.load(location.path, placement, progress)
-    llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
+    with _uncollected():
+        loaded = assembly.load(location.path, placement, progress)
+        llm = LLM(loaded, settings, placement, path=location.path, name=location.id)
     try:
         for name, directory in (settings.adapters or {}).items():
             llm.load_adapter(name, directory)
@@ -64,6 +67,18 @@ def load(
         raise
     llm.load_seconds = time.perf_counter() - began
     return llm
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector: it would look again and again at vocabularies that are being built."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class LLM(Judging):

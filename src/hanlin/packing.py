@@ -24,7 +24,7 @@ from torch import nn
 from hanlin.checkpoints.base import fail
 from hanlin.checkpoints.description import describe_directory, read_json
 from hanlin.checkpoints.load import load_model
-from hanlin.checkpoints.packed import IMAGE_FILE, KEY, PackedSource, padded_bytes
+from hanlin.checkpoints.packed import IMAGE_FILE, KEY, PACKED_VERSION, PackedSource, padded_bytes
 from hanlin.checkpoints.safetensors_writer import save_safetensors
 from hanlin.checkpoints.source import open_source
 from hanlin.checkpoints.staging import staged
@@ -252,7 +252,7 @@ class _Packed:
         if end < size:
             add("packed.padding", "U8", [size - end], size - end)
         said = {
-            "version": 1,
+            "version": PACKED_VERSION,
             "slots": [_described(slot) for slot in slots],
             "offset": 0,
             "size": size,

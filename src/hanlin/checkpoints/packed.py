@@ -26,11 +26,13 @@ from torch import Tensor
 from hanlin.checkpoints.base import TensorInfo, TensorSource, fail, parse_json, shown
 from hanlin.errors import CheckpointError
 
-__all__ = ["IMAGE_FILE", "KEY", "Image", "PackedSource", "padded_bytes", "tile_bytes"]
+__all__ = ["IMAGE_FILE", "KEY", "PACKED_VERSION", "Image", "PackedSource", "padded_bytes", "tile_bytes"]
 
 IMAGE_FILE = "packed.safetensors"
 KEY = "hanlin"
+PACKED_VERSION = 2
 _TILE = 32
+_UNITS = 4 * _TILE  # before the groups of a tile: what products take its scales as multiples of, or INT8_ROW's scales
 _MOST = 1 << 31
 _GROUPED = {"INT8": (64, 32), "INT4": (64, 16), "INT4_MIN": (128, 16), "INT4_ZERO": (128, 16)}  # head; bytes a column
 _REMEDY = "The files are damaged or of a newer version. Convert the model again: hanlin convert SRC DST --to hanlin."
@@ -50,9 +52,9 @@ def tile_bytes(kind: str, group: int, in_: int) -> int:
     """Bytes of 32 outputs, see hl_packed_bytes."""
     if kind in _GROUPED:
         head, column = _GROUPED[kind]
-        return in_ // group * (head + group * column)
+        return _UNITS + in_ // group * (head + group * column)
     if kind == "INT8_ROW":
-        return 4 * _TILE + _TILE * (-(-in_ // 32) * 32)
+        return _UNITS + _TILE * (-(-in_ // 32) * 32)
     return 4 * _TILE * in_ if kind == "F32" else 2 * _TILE * (-(-in_ // 2) * 2)
 
 
@@ -187,12 +189,12 @@ class PackedSource:
         """Codes uint8 (rows, in); scales and zero points or minima (rows, groups), the latter empty where none are."""
         tiles, at = self._tiles(slot, rows)
         if slot.kind == "INT8_ROW":
-            scales = np.ascontiguousarray(tiles[:, : 4 * _TILE]).view(np.float32).reshape(-1, 1)
-            quads = tiles[:, 4 * _TILE :].reshape(len(tiles), -1, _TILE, 4)
+            scales = np.ascontiguousarray(tiles[:, :_UNITS]).view(np.float32).reshape(-1, 1)
+            quads = tiles[:, _UNITS:].reshape(len(tiles), -1, _TILE, 4)
             codes = quads.transpose(0, 2, 1, 3).reshape(len(tiles) * _TILE, -1)[:, : slot.in_]
             return np.ascontiguousarray(codes[at]), scales[at], np.empty((len(at), 0), np.float16)
         head, _ = _GROUPED[slot.kind]
-        groups = tiles.reshape(len(tiles), slot.in_ // slot.group, -1)
+        groups = tiles[:, _UNITS:].reshape(len(tiles), slot.in_ // slot.group, -1)
         heads = np.ascontiguousarray(groups[:, :, :head]).view(np.float16).reshape(*groups.shape[:2], -1, _TILE)
         numbers = heads.transpose(2, 0, 3, 1).reshape(head // 64, len(tiles) * _TILE, -1)
         if slot.kind == "INT8":
@@ -240,9 +242,11 @@ def _said(base: TensorSource) -> dict[str, Any]:
     if not isinstance(text, str):
         fail(base.path, [f"no '{KEY}' in the metadata of {IMAGE_FILE}"], _REMEDY)
     said = parse_json(text.encode("utf-8", "replace"), base.path, f"'{KEY}' of the metadata", max_values=1 << 20)
-    if not isinstance(said, dict) or said.get("version") != 1 or not isinstance(said.get("slots"), list):
+    if not isinstance(said, dict) or said.get("version") != PACKED_VERSION or not isinstance(said.get("slots"), list):
         version = shown(said.get("version") if isinstance(said, dict) else said)
-        fail(base.path, [f"packed weights of version {version}; this version of Hanlin reads 1"], _REMEDY)
+        fail(
+            base.path, [f"packed weights of version {version}; this version of Hanlin reads {PACKED_VERSION}"], _REMEDY
+        )
     return said
 
 

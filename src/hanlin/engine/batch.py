@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hanlin.engine.scheduler import Scheduled
-from hanlin.engine.sequence import Adapter
+from hanlin.engine.sequence import Adapter, arange_positions
 
 __all__ = ["Batch"]
 
@@ -53,42 +54,42 @@ class Batch:
     @classmethod
     def build(cls, scheduled: Scheduled, block_size: int) -> Batch:
         """Lay out what the scheduler chose. Of each sequence all rows are wanted, or those that end the known text."""
-        counts = [n for _, n in scheduled]
+        counts = np.asarray([n for _, n in scheduled], np.int64)
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        ids: list[int] = []
-        slots, positions, lengths = [], [], []
-        soft: list[NDArray[np.int64]] = []
-        rows: list[NDArray[np.int64]] = []
-        states: list[NDArray[np.int64]] = []
+        first = np.asarray([s.computed for s, _ in scheduled], np.int64)
+        soft = np.asarray([s.soft_len for s, _ in scheduled], np.int64)
         table = np.zeros((len(scheduled), max(len(s.blocks) for s, _ in scheduled)), np.int32)
+        ids: list[int] = []
+        rows: list[int] = []
+        states: list[int] = []
         for index, (sequence, count) in enumerate(scheduled):
-            first, last = sequence.computed, sequence.computed + count
-            ids += sequence.tokens(first, last)
+            last = sequence.computed + count
+            ids += sequence.tokens(sequence.computed, last)
             table[index, : len(sequence.blocks)] = sequence.blocks
-            slots.append(_slots(table[index], sequence.soft_len + first, sequence.soft_len + last, block_size))
-            if sequence.soft_len and not first:
-                soft.append(_slots(table[index], 0, sequence.soft_len, block_size))
-            positions.append(sequence.positions(first, last))
-            lengths.append(np.full(count, sequence.rope_length, np.int64))
             wanted = states if sequence.pool in ("last", "mean") else rows
+            end = int(starts[index + 1])
             if sequence.needs_all:
-                wanted.append(np.arange(starts[index], starts[index + 1]))
+                wanted += range(end - count, end)
             elif last >= len(sequence):  # the last known token, and every guess behind it
-                wanted.append(np.arange(starts[index + 1] - 1 - (last - len(sequence)), starts[index + 1]))
-        rope = np.concatenate(lengths)
+                wanted += range(end - 1 - (last - len(sequence)), end)
+        owner = np.repeat(np.arange(len(scheduled)), counts)
+        place = np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts)  # of each token in its sequence
+        lengths = np.asarray([s.rope_length for s, _ in scheduled], np.int64)
+        soft_places = np.arange(soft.max())
+        begun = [_slots(table, i, soft_places, block_size) for i in np.flatnonzero((soft > 0) & (first == 0))]
         embeddings, embedding_rows = _given(scheduled, starts)
         return cls(
             ids=np.asarray(ids, np.int32),
-            positions=np.concatenate(positions, axis=1),
-            rope_lengths=rope if rope.any() else None,
-            slots=np.concatenate(slots),
+            positions=_positions(scheduled, place),
+            rope_lengths=np.repeat(lengths, counts) if lengths.any() else None,
+            slots=_slots(table, owner, place + soft[owner], block_size),
             query_start=starts,
-            context=np.asarray([s.soft_len + s.computed + n for s, n in scheduled], np.int32),
+            context=(soft + first + counts).astype(np.int32),
             block_table=table,
             prefix_lens=np.asarray([s.prefix_len and s.soft_len + s.prefix_len for s, _ in scheduled], np.int32),
-            soft_slots=np.stack(soft) if soft else np.zeros((0, 0), np.int64),
-            rows=_joined(rows),
-            states=_joined(states),
+            soft_slots=np.asarray(begun, np.int64).reshape(len(begun), int(soft.max())),
+            rows=np.asarray(rows, np.int32),
+            states=np.asarray(states, np.int32),
             block_size=block_size,
             adapters=tuple(s.adapter for s, _ in scheduled) if any(s.adapter for s, _ in scheduled) else (),
             embeddings=embeddings,
@@ -96,10 +97,16 @@ class Batch:
         )
 
 
-def _slots(blocks: NDArray[np.int32], first: int, last: int, size: int) -> NDArray[np.int64]:
-    """The slots of places first..last of a sequence."""
-    place = np.arange(first, last)
-    return blocks[place // size].astype(np.int64) * size + place % size
+def _positions(scheduled: Scheduled, place: NDArray[np.int64]) -> NDArray[np.int64]:
+    if all(s.positions is arange_positions for s, _ in scheduled):
+        return place[None]
+    return np.concatenate([s.positions(s.computed, s.computed + n) for s, n in scheduled], axis=1)
+
+
+def _slots(table: NDArray[np.int32], owner: Any, place: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """The slots of places in sequences; `owner` says whose, by its row of the table."""
+    blocks: NDArray[np.int64] = table[owner, place // size].astype(np.int64)
+    return blocks * size + place % size
 
 
 def _given(
@@ -117,7 +124,3 @@ def _given(
                 rows[place : place + last - first] = np.arange(count, count + last - first)
                 count += last - first
     return (np.concatenate(parts), rows) if parts else (None, None)
-
-
-def _joined(rows: list[NDArray[np.int64]]) -> NDArray[np.int32]:
-    return np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32)

@@ -84,9 +84,11 @@ class BlockManager:
         full = (sequence.soft_len + sequence.computed) // self.size
         for index in range(len(sequence.hashes), full):
             self._chained(sequence, index)
-        for index in range(full):
+        for index in range(full - 1, -1, -1):
             block, name = sequence.blocks[index], sequence.hashes[index]
-            if self._hash[block] is None and name not in self._by_hash:
+            if self._hash[block] is not None:  # and so are those before it
+                break
+            if name not in self._by_hash:
                 self._hash[block] = name
                 self._by_hash[name] = block
 

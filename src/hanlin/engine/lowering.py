@@ -272,7 +272,7 @@ class Lowering:
         fresh = self._memory(size) if self._memory and not self._found else None
         self._arena = arena = self._found.arena if self._found else Arena(size, fresh)
         for slot in self.slots:
-            slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, wide=True, arena=arena)
+            slot.weight = PackedWeight(slot.kind, slot.out, slot.in_, slot.group, arena=arena)
         for slot in self.slots:
             if slot.biases:
                 slot.bias = np.frombuffer(arena.view(arena.take(4 * slot.out), 4 * slot.out), np.float32)

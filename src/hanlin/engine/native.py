@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hanlin.engine.batch import Batch
 from hanlin.engine.lowering import Block, Lowering, Slot
@@ -18,7 +19,7 @@ from hanlin.kernels.ops import Norm, RopeStyle
 from hanlin.kernels.program import Buffer, Program, Step
 from hanlin.layers.lora import LowRank
 from hanlin.layers.norm import LayerNorm
-from hanlin.layers.rope import Positions, RopeConfig
+from hanlin.layers.rope import RopeConfig
 from hanlin.layers.tables import TabledRope
 from hanlin.models import parts as roles
 from hanlin.models.config import DecoderConfig
@@ -43,6 +44,8 @@ def native_block_bytes(config: DecoderConfig, kv_cache: str, block_size: int) ->
 
 
 _NO_STATES = np.zeros((0, 0), np.float32)
+# Rows of logits whose memory is kept for the next step: the system takes long to give fresh memory.
+_KEPT_ROWS = 64
 
 
 class NativeRunner:
@@ -77,12 +80,13 @@ class NativeRunner:
         self.block_bytes = self._pool.block_bytes * config.num_layers
         self._soft = [(k.float().contiguous(), v.float().contiguous()) for k, v in soft_prefix(lowering.parts)]
         self.soft_len = len(self._soft[0][0]) if self._soft else 0
+        self._logits = np.zeros((0, config.vocab_size), np.float32)
         self.program = _program(lowering, config, context, self._pool, rope)
         self.program.build(max_tokens)
 
     def run(self, batch: Batch) -> Output:
-        lengths = None if batch.rope_lengths is None else torch.from_numpy(batch.rope_lengths)
-        rotation = self._rope(Positions(torch.from_numpy(batch.positions), lengths))
+        """The logits are good until the next step."""
+        cos, sin = self._rope.arrays(batch.positions, batch.rope_lengths)
         for slots in batch.soft_slots:
             for layer, (k, v) in enumerate(self._soft):
                 self._pool.write(self._context, layer, slots, k, v)
@@ -97,14 +101,22 @@ class NativeRunner:
             layout=layout,
             rows=np.concatenate((batch.rows, batch.states)) if states else batch.rows,
             states=states,
-            cos=rotation.cos,
-            sin=rotation.sin,
+            cos=cos,
+            sin=sin,
             adapters=[adapter.held if adapter else None for adapter in batch.adapters],
             embeddings=batch.embeddings,
             embedding_rows=batch.embedding_rows,
         )
-        result = self.program.run(step)
+        result = self.program.run(step, logits=self._place(scored))
         return Output(result.logits, result.hidden[scored:] if states else _NO_STATES)
+
+    def _place(self, rows: int) -> NDArray[np.float32]:
+        if len(self._logits) < rows:
+            fresh = np.empty((rows, self.vocab_size), np.float32)
+            if rows > _KEPT_ROWS:
+                return fresh
+            self._logits = fresh
+        return self._logits[:rows]
 
     def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:
         """Kept as bfloat16, or as float32 where the weights are."""

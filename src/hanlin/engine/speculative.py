@@ -21,6 +21,7 @@ __all__ = ["Drafter", "ModelDrafter", "PromptLookup"]
 
 _LONGEST = 16  # guesses at once
 _ROWS = 48  # rows of a step that are still nearly free
+_FEW = 8  # sequences; where more decode together, a guess costs what it saves
 _REST = 64  # tokens without a guess after guessing badly
 
 
@@ -60,10 +61,9 @@ class Guide:
 
     def lengths(self, sequences: list[Sequence]) -> dict[Sequence, int]:
         """How many guesses each may have; together no more than a step takes lightly."""
-        spare = max(0, _ROWS - len(sequences))
-        share = spare // max(1, len(sequences))
+        share = (_ROWS - len(sequences)) // max(1, len(sequences)) if len(sequences) <= _FEW else 0
         wanted = {s: self._appetites.setdefault(s, Appetite()).length(s) for s in sequences}
-        return {s: min(length, max(share, 0)) for s, length in wanted.items()}
+        return {s: min(length, share) for s, length in wanted.items()}
 
 
 class PromptLookup:

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 ABI_VERSION = 5
-LAYOUT_VERSION = 1  # of the packed layouts, which are in files too: another one for other bytes of the same weight
+LAYOUT_VERSION = 2  # of the packed layouts, which are in files too: another one for other bytes of the same weight
 TILE = 32  # outputs that are stored together
 ADD, SILU_MUL, GELU = 1, 2, 4  # what happens to a product before it is written
 
@@ -108,7 +108,6 @@ class Weight(ctypes.Structure):
         ("out", ctypes.c_int64),
         ("in_", ctypes.c_int64),
         ("data", ctypes.c_void_p),
-        ("inputs", ctypes.c_int32),
     )
 
 
@@ -370,7 +369,6 @@ class PackedWeight:
         kind: how values are stored.
         out, in_: rows and columns; `y = x @ w.T`.
         group: columns that share a scale: 32, 64 or 128 for grouped kinds (in_ must be a multiple), else 0.
-        wide: integer kinds round what they multiply to 12 bits instead of 8; the packed bytes are the same.
         nbytes: its size.
 
     Raises:
@@ -378,14 +376,12 @@ class PackedWeight:
         CapacityError: when there is no memory for it.
     """
 
-    def __init__(
-        self, kind: Kind, out: int, in_: int, group: int = 0, *, wide: bool = False, arena: Arena | None = None
-    ) -> None:
-        self.kind, self.out, self.in_, self.group, self.wide = Kind(kind), out, in_, group, wide
+    def __init__(self, kind: Kind, out: int, in_: int, group: int = 0, *, arena: Arena | None = None) -> None:
+        self.kind, self.out, self.in_, self.group = Kind(kind), out, in_, group
         self.nbytes = packed_bytes(self.kind, out, in_, group)
         self._arena = arena if arena is not None else Arena(self.nbytes)
         self._address = self._arena.take(self.nbytes)
-        self.struct = Weight(kind=int(self.kind), group=group, out=out, in_=in_, data=self._address, inputs=int(wide))
+        self.struct = Weight(kind=int(self.kind), group=group, out=out, in_=in_, data=self._address)
 
     def __repr__(self) -> str:
         group = f", group={self.group}" if self.group else ""

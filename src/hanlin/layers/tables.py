@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hanlin.layers.rope import Positions, Rope, RopeConfig, Rotation
@@ -21,15 +23,27 @@ class TabledRope(Rope):
     def __init__(self, config: RopeConfig) -> None:
         super().__init__(config)
         self._tables: OrderedDict[tuple[int, int, int], tuple[Tensor, Tensor]] = OrderedDict()
+        nothing = np.zeros((0, 0), np.float32)
+        self._last = -1, nothing, nothing  # which table, as arrays
+
+    def arrays(
+        self, rows: NDArray[np.int64], lengths: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines (T, R / 2) of positions (P, T), see `Positions`; quick for most steps, which are small."""
+        if lengths is None and len(rows) == 1:
+            low, high = int(rows.min()) // _ROWS, int(rows.max()) // _ROWS
+            if low == high:
+                if self._last[0] != low:
+                    cos, sin = self._table(low, 0, self.config.dims)
+                    self._last = low, cos.numpy(), sin.numpy()
+                _, cosines, sines = self._last
+                index = rows[0] - low * _ROWS
+                return cosines[index], sines[index]
+        found = self(Positions(torch.from_numpy(rows), None if lengths is None else torch.from_numpy(lengths)))
+        return found.cos.numpy(), found.sin.numpy()
 
     def __call__(self, positions: Positions) -> Rotation:
         rows = positions.rows
-        if positions.lengths is None and len(rows) == 1:  # by far the most steps, and small ones must be quick
-            low, high = (int(end) // _ROWS for end in rows[0].aminmax())
-            if low == high:
-                cos, sin = self._table(low, 0, self.config.dims)
-                index = rows[0] - low * _ROWS
-                return Rotation(cos[index], sin[index], self.config.interleaved)
         lengths = positions.lengths if positions.lengths is not None else torch.zeros_like(rows[0])
         parts = [self._look_up(row, lengths, self.config.dims // len(rows)) for row in rows]
         cos, sin = (torch.cat(side, -1) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))

@@ -78,10 +78,11 @@ HL_API int32_t hl_sums(const uint64_t* words, int64_t rows, int64_t columns, uin
  *   HL_F32        [tile][in][32] float
  *   HL_BF16       [tile][in/2][h 2][l 16][2] bfloat16; `in` is filled up to even with zeros
  *   HL_INT8_ROW   [tile]{ float scale[32]; [sub]INT8 }                         w = scale * q; `in` is filled up to 32
- *   HL_INT8       [tile][group]{ half scale[32]; [sub]INT8 }                   w = scale * q
- *   HL_INT4       [tile][group]{ half scale[32]; [sub]INT4 }                   w = scale * (q - 8)
- *   HL_INT4_MIN   [tile][group]{ half scale[32]; half min[32]; [sub]INT4 }     w = scale * q + min
- *   HL_INT4_ZERO  [tile][group]{ half scale[32]; half zero[32]; [sub]INT4 }    w = scale * (q - zero)
+ *   HL_INT8       [tile]{ UNIT [group]{ half scale[32]; [sub]INT8 } }                  w = scale * q
+ *   HL_INT4       [tile]{ UNIT [group]{ half scale[32]; [sub]INT4 } }                  w = scale * (q - 8)
+ *   HL_INT4_MIN   [tile]{ UNIT [group]{ half scale[32]; half min[32]; [sub]INT4 } }    w = scale * q + min
+ *   HL_INT4_ZERO  [tile]{ UNIT [group]{ half scale[32]; half zero[32]; [sub]INT4 } }   w = scale * (q - zero)
+ *   UNIT = float unit[32], see hl_linear
  *   INT8 = [quad 8][h 2][l 16][4] uint8, each q + 128
  *   INT4 = [pair 4][h 2][l 16][4] bytes, each two codes q in 0..15
  *
@@ -104,13 +105,8 @@ typedef struct hl_weight {
   int32_t kind;  /* hl_kind */
   int32_t group; /* 32, 64 or 128; 0 for HL_F32, HL_BF16, HL_INT8_ROW */
   int64_t out, in;
-  void* data;      /* hl_packed_bytes() bytes, aligned to 64; zeros are a valid weight of zeros */
-  int32_t inputs;  /* hl_inputs: how finely integer kinds round what they multiply; the packed bytes are the same */
+  void* data; /* hl_packed_bytes() bytes, aligned to 64; zeros are a valid weight of zeros */
 } hl_weight;
-
-/* Integer kinds round 32 inputs at a time to whole numbers with a common scale: to 8 bits, or to 12, which are two
- * products of 8 instead of one. Twelve cost arithmetic (many rows), not memory (few). */
-typedef enum hl_inputs { HL_INPUTS_8 = 0, HL_INPUTS_12 = 1 } hl_inputs;
 
 /* Bytes of a packed weight, or a negative hl_status. */
 HL_API int64_t hl_packed_bytes(int32_t kind, int64_t out, int64_t in, int32_t group);
@@ -157,9 +153,13 @@ enum {
 };
 
 /* y (rows, out) = x (rows, in) @ weight.T + bias. bias (out,) in the weight's order of outputs, or NULL.
- * Integer kinds round x to int8, symmetric, per row and per 32 inputs (scale = absmax / 127, to nearest even), and with
- * HL_INPUTS_12 what that leaves to 1 / 16 of the scale; HL_BF16 rounds x to bfloat16. A row with a value that is not
- * finite gives NaN, in that row only. */
+ * HL_BF16 rounds x to bfloat16. Integer kinds multiply whole numbers of 16 bits and add them up without rounding: a
+ * row's inputs x ~ ux * X, with ux = absmax / 32512 (X to nearest even; X % 256 == 128 becomes one more), and an
+ * output's weights w ~ unit * W with W = S * q + M. S and M are the group's scale, and what goes with it, to the nearest
+ * multiple of the output's unit: of int4 kinds a power of two with |W| <= 32512, so that the largest scales are exact
+ * and others off by half a unit (2^-12 of the largest scale, or less) at most; of HL_INT8 the largest scale / 254; of
+ * HL_INT8_ROW the scale itself, and W = q. Then y = X . W * (ux * unit). A row with a value that is not finite gives
+ * NaN, in that row only. */
 HL_API int32_t hl_linear(hl_ctx* ctx, const hl_weight* weight, const float* x, int64_t ldx, int64_t rows, float* y,
                          int64_t ldy, const float* bias, int32_t flags);
 

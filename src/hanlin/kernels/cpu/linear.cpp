@@ -7,8 +7,8 @@ namespace hl {
 const char* weight_problem(const hl_weight& w) {
   constexpr int64_t most = int64_t{1} << 31;
   if (w.kind < HL_F32 || w.kind > HL_INT4_ZERO) return "unknown kind";
-  if (w.inputs != HL_INPUTS_8 && w.inputs != HL_INPUTS_12) return "inputs must be HL_INPUTS_8 or HL_INPUTS_12";
   if (w.out < 1 || w.in < 1 || w.out >= most || w.in >= most) return "out and in must be in 1..2^31-1";
+  if (w.kind >= HL_INT8_ROW && w.in > most_whole) return "integer kinds take up to 65536 inputs";
   if (!is_grouped(w.kind)) return w.group == 0 ? nullptr : "group must be 0 for this kind";
   if (w.group != 32 && w.group != 64 && w.group != 128) return "group must be 32, 64 or 128";
   return w.in % w.group == 0 ? nullptr : "in must be a multiple of group";
@@ -20,7 +20,7 @@ void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const 
   const int64_t stride = act_stride(act, w.in);
   const Range mine = team.split(rows);
   for (int64_t r = mine.begin; r < mine.end; r++)
-    k.prepare(act, x + r * ldx, 0, w.in, w.in, static_cast<char*>(scratch) + r * stride);
+    k.prepare(act, x + r * ldx, 0, w.in, w.in, act_row(act, static_cast<char*>(scratch), stride, r));
   team.barrier();
   const Range tiles = team.split(tiles_of(w));
   k.product(w, scratch, stride, rows, tiles.begin, tiles.end, out);
@@ -29,7 +29,7 @@ void linear(const Team& team, const LinearKernels& k, const hl_weight& w, const 
 }  // namespace hl
 
 extern "C" int64_t hl_packed_bytes(int32_t kind, int64_t out, int64_t in, int32_t group) {
-  const hl_weight w = {kind, group, out, in, nullptr, HL_INPUTS_8};
+  const hl_weight w = {kind, group, out, in, nullptr};
   if (const char* problem = hl::weight_problem(w)) return hl::fail(HL_ERR_ARGUMENT, "weight: %s", problem);
   const int64_t tile = hl::tile_bytes(w);
   if (hl::tiles_of(w) > (INT64_MAX >> 1) / tile) return hl::fail(HL_ERR_ARGUMENT, "weight: too large");

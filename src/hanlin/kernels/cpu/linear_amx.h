@@ -1,13 +1,12 @@
-// Products of many rows on AMX's tiles: sixteen rows x sixteen outputs x 32 inputs at a time. Part of
+// Products of many rows on AMX's tiles: sixteen rows x sixteen outputs x 64 bytes of inputs at a time. Part of
 // linear_kernels.cpp in variants that have AMX.
 //
-// Integer kinds: the tiles' sums of whole numbers are exact, and become floats in the same order as with few rows.
+// Integer kinds: tiles multiply bytes, and whole numbers of 16 bits are two bytes each: four products, which add up over
+// all of the inputs without leaving the tiles. They are exact, so a row's bits do not depend on how many rows there are.
 // bfloat16: a tile instruction adds up the even and the odd ones of 32 inputs apart, then both to what was there, and
 // takes denormals for zero. With few rows the same is done in float32, so that a row's bits do not depend on how many
 // there are.
 #pragma once
-
-#include <type_traits>
 
 #include "linear.h"
 #include "simd.h"
@@ -71,224 +70,198 @@ HL_INLINE void dot_bf16_tiles() {
 
 // ---- integer kinds --------------------------------------------------------------------------------------------------
 
-// What is worked on at a time: inputs of 16 rows and weights of 32 outputs by most_subs subs fit into L1, the weights of
-// most_tiles output tiles and the sums of rows_at_once rows into L2.
-constexpr int most_subs = 20, most_tiles = 4, rows_at_once = 256;
+// What is worked on at a time: weights of 16 outputs by most_blocks * 64 inputs fit into L1 while rows pass by, the sums
+// of rows_at_once rows into L2.
+constexpr int most_blocks = 12, rows_at_once = 256;
+// Inputs whose products add up within 32 bits: 2 * 32768 * 127 * 255 < 2^31.
+constexpr int64_t most_on_tiles = 32768;
 
-// Weights as tile registers want them, what scales the inputs, and the sums so far.
-//
-// With inputs of 12 bits, 16 * q + low, a tile of int4 weights has 16 times each code and then the codes themselves,
-// and the two products are one. 16 times an int8 code is no byte: they take two.
-//
-// Sums and weights start a page, and registers are filled with weights from, and emptied to, the same quarter of a page
-// in turn: a load waits for earlier stores to addresses that differ from its own in whole pages only, and these come
-// late.
+// Of 16 rows by 16 outputs: high bytes of x times high ones of W, high times low, low times high, low times low. Low
+// bytes of W are unsigned. With HL_INT8_ROW a weight is one byte, and products are two.
+constexpr int products = 4;
+using BlockSums = int32_t[products][tile_rows][16];
+
 struct alignas(4096) Desk {
-  int32_t dots[4][tile_rows][16], lows[4][tile_rows][16];
-  uint8_t weights[most_tiles][2][most_subs][1024];
-  float x_scales[most_subs][tile_rows], x_sums[most_subs][tile_rows];
-  float scales[most_tiles][2][most_subs][16], offsets[most_tiles][2][most_subs][16];
-  float sums[most_tiles][rows_at_once][HL_TILE];
+  uint8_t weights[2][most_blocks][1024];  // high, low
+  BlockSums sums[2][rows_at_once / tile_rows];
+  float results[rows_at_once][HL_TILE];
 };
 
-template <int Kind>
-constexpr bool signed_weights = !has_offsets(Kind);
-template <int Kind, bool Wide>
-constexpr bool in_one = Wide && is_int4(Kind);  // product
-template <int Kind, bool Wide>
-constexpr bool in_two = Wide && !is_int4(Kind);
+// W = scale * code + rest, with unsigned codes; 64 codes at a time are 16 outputs by 4 inputs.
+struct Unpacker {
+  __m512i scale[2], rest[2];  // of outputs 0, 1 and of 2, 3 in every four
+};
 
-template <int Kind, bool Wide>
-HL_INLINE void unpack_sub(const uint8_t* codes, int half, uint8_t* to) {
-  const auto put = [&](int row, __m512i v) { _mm512_store_si512(to + 64 * row, v); };
-  const __m512i sign = _mm512_set1_epi8(-128);
+HL_INLINE Unpacker unpacker_of(I scale, I rest) {
+  const auto twice = [](I v) {
+    return _mm512_or_si512(_mm512_and_si512(v.v, _mm512_set1_epi32(0xFFFF)), _mm512_slli_epi32(v.v, 16));
+  };
+  const __m512i s = twice(scale), r = twice(rest);
+  return {{_mm512_unpacklo_epi32(s, s), _mm512_unpackhi_epi32(s, s)},
+          {_mm512_unpacklo_epi32(r, r), _mm512_unpackhi_epi32(r, r)}};
+}
+
+// Which bytes of two vectors, made by unpacking the lower and the upper eight bytes of every sixteen, are the first (or
+// the second) of their int16, in order.
+struct Places {
+  __m512i low, high;
+};
+HL_INLINE Places places() {
+  alignas(64) uint8_t at[64];
+  for (int i = 0; i < 64; i++) at[i] = static_cast<uint8_t>(i / 16 * 16 + i % 8 * 2 + (i % 16 < 8 ? 0 : 64));
+  const __m512i low = _mm512_load_si512(at);
+  return {low, _mm512_add_epi8(low, _mm512_set1_epi8(1))};
+}
+
+HL_INLINE void put_weights(const Unpacker& by, const Places& places, __m512i codes, uint8_t* high, uint8_t* low) {
+  const __m512i none = _mm512_setzero_si512();
+  const __m512i a = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_unpacklo_epi8(codes, none), by.scale[0]), by.rest[0]);
+  const __m512i b = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_unpackhi_epi8(codes, none), by.scale[1]), by.rest[1]);
+  _mm512_store_si512(high, _mm512_permutex2var_epi8(a, places.high, b));
+  _mm512_store_si512(low, _mm512_permutex2var_epi8(a, places.low, b));
+}
+
+// One sub and half of the outputs: eight rows of a tile register, high and low.
+template <int Kind>
+HL_INLINE void unpack_sub(const uint8_t* codes, int half, const Unpacker& by, const Places& places, uint8_t* high,
+                          uint8_t* low) {
   for (int i = 0; i < (is_int4(Kind) ? 4 : 8); i++) {
-    const __m512i from = _mm512_loadu_si512(codes + (2 * i + half) * 64);
-    if (!is_int4(Kind)) {
-      put(i, _mm512_xor_si512(from, sign));
-      continue;
-    }
-    const __m512i low4 = _mm512_set1_epi8(15), high4 = _mm512_set1_epi8(-16), middle = _mm512_set1_epi8(8);
-    __m512i codes_of[2] = {_mm512_and_si512(from, low4), _mm512_and_si512(_mm512_srli_epi16(from, 4), low4)};
-    __m512i times_16[2] = {_mm512_and_si512(_mm512_slli_epi16(from, 4), high4), _mm512_and_si512(from, high4)};
-    for (int j = 0; j < 2; j++) {
-      if (signed_weights<Kind>) {
-        codes_of[j] = _mm512_sub_epi8(codes_of[j], middle);
-        times_16[j] = _mm512_xor_si512(times_16[j], sign);
-      }
-      if (Wide) put(2 * i + j, times_16[j]);
-      put((Wide ? 8 : 0) + 2 * i + j, codes_of[j]);
+    const __m512i from = _mm512_loadu_si512(codes + (2 * i + half) * 64), low4 = _mm512_set1_epi8(15);
+    if (Kind == HL_INT8_ROW) {
+      _mm512_store_si512(high + 64 * i, _mm512_xor_si512(from, _mm512_set1_epi8(-128)));
+    } else if (!is_int4(Kind)) {
+      put_weights(by, places, from, high + 64 * i, low + 64 * i);
+    } else {
+      put_weights(by, places, _mm512_and_si512(from, low4), high + 128 * i, low + 128 * i);
+      put_weights(by, places, _mm512_and_si512(_mm512_srli_epi16(from, 4), low4), high + 128 * i + 64,
+                  low + 128 * i + 64);
     }
   }
 }
 
-template <int Kind, bool Wide>
-void unpack(const hl_weight& w, const uint8_t* tile, int64_t sub0, int subs, int64_t number, Desk& to) {
-  const int64_t a_group = Kind == HL_INT8_ROW ? 1 : w.group / 32;
-  const int64_t bytes = Kind == HL_INT8_ROW ? sub_bytes(Kind) : group_bytes(Kind, w.group);
+// Blocks [block0, block0 + n) of 64 inputs of half a tile. Asks for what lies behind them in memory, lest it be waited
+// for.
+template <int Kind>
+HL_APART void unpack(const hl_weight& w, const uint8_t* tile, int half, int64_t block0, int n, Desk& to) {
+  constexpr int middle = is_int4(Kind) ? 8 : 128;
+  constexpr int64_t distance = 16384;
+  const int64_t a_group = Kind == HL_INT8_ROW ? 1 : w.group / 32, subs = subs_of(w.in);
   const int64_t header = Kind == HL_INT8_ROW ? 0 : group_header(Kind);
-  if (Kind == HL_INT8_ROW) tile += HL_TILE * 4;
-  for (int s = 0; s < subs; s++) {
-    const uint8_t* group = tile + (sub0 + s) / a_group * bytes;
-    const uint8_t* codes = group + header + (sub0 + s) % a_group * sub_bytes(Kind);
-    for (int h = 0; h < 2; h++) {
-      unpack_sub<Kind, Wide>(codes, h, to.weights[number][h][s]);
-      if (Kind == HL_INT8_ROW) continue;
-      const uint16_t* scales = reinterpret_cast<const uint16_t*>(group) + 16 * h;
-      const F scale = load_f16(scales);
-      store(to.scales[number][h][s], scale);
-      if (!has_offsets(Kind)) continue;
-      F offset = load_f16(scales + HL_TILE);
-      if (Kind == HL_INT4_ZERO) offset = mul(offset, mul(scale, set1(-1.0f)));
-      store(to.offsets[number][h][s], offset);
+  const int64_t bytes = header + a_group * sub_bytes(Kind);
+  const Places at = places();
+  const F inverse = inverse_units(tile, half);
+  for (int64_t s = 0; s < 2 * n; s++) {
+    const int64_t sub = 2 * block0 + s;
+    uint8_t *high = to.weights[0][s / 2] + s % 2 * 512, *low = to.weights[1][s / 2] + s % 2 * 512;
+    if (sub >= subs) {
+      memset(high, 0, 512);
+      memset(low, 0, 512);
+      continue;
     }
+    const uint8_t* group = tile + units_bytes + sub / a_group * bytes;
+    const uint8_t* codes = group + header + sub % a_group * sub_bytes(Kind);
+    for (int64_t i = 0; i < sub_bytes(Kind) + header && half == 0; i += 64) prefetch(codes + distance + i);
+    Factors f = {set1i(0), set1i(0)};
+    if constexpr (Kind != HL_INT8_ROW) f = factors_of<Kind>(group, half, inverse);
+    const Unpacker by = unpacker_of(f.scale, mul_add(f.rest, f.scale, set1i(-middle)));
+    unpack_sub<Kind>(codes, half, by, at, high, low);
   }
   settle();
 }
 
-// A stretch of sixteen prepared rows or fewer.
-struct Rows {
-  const uint8_t* codes;
-  int64_t stride;
+template <int Kind>
+constexpr bool one_byte = Kind == HL_INT8_ROW;
+
+// A block whose sums are complete, and where its results go.
+struct Finished {
+  const BlockSums* sums;
+  const uint8_t* rows;
+  int n_rows;
+  float (*to)[HL_TILE];
 };
 
-template <int Kind, bool Wide>
-void gather_scales(const Rows& rows, int64_t in, int n_rows, int64_t sub0, int subs, Desk& to) {
-  constexpr int64_t bytes = code_bytes(Wide ? Act::int12 : Act::int8);
-  for (int r = 0; r < n_rows; r++) {
-    const uint8_t* row = rows.codes + r * rows.stride - sub0 * bytes;
-    const ActParams* params = reinterpret_cast<const ActParams*>(row + subs_of(in) * bytes) + sub0;
-    for (int s = 0; s < subs; s++) {
-      to.x_scales[s][r] = params[s].scale;
-      if (has_offsets(Kind)) to.x_sums[s][r] = params[s].scaled_sum;
-    }
+template <int Kind>
+HL_INLINE void finish(const Finished& block, int64_t begin, int64_t end, int64_t in, const uint8_t* tile, int half) {
+  for (int64_t r = begin; r < end; r++) {
+    const auto sum_of = [&](int product) { return I{_mm512_load_si512((*block.sums)[product][r])}; };
+    const Exact none = {set1i(0), set1i(0)};
+    const Exact total = one_byte<Kind> ? add(none, set1i(0), sum_of(0), sum_of(1))
+                                       : add(none, sum_of(0), addi(sum_of(1), sum_of(2)), sum_of(3));
+    store(block.to[r] + 16 * half, in_units(total, tile, half, unit_at(block.rows + r * cell, in)));
   }
 }
 
-// Whole numbers below 2^22 as floats, times 2^Shift. Near tile instructions only one of two ports converts and
-// multiplies, but both add: bits that are added to those of 1.5 * 2^23 stand for numbers that are.
-template <int Shift = 0>
-HL_INLINE F float_of(I whole) {
-  const I base = set1i(0x4B400000 + (Shift << 23));
-  return sub(from_bits(addi(whole, base)), from_bits(base));
-}
-
-// Sub number `s` of a stretch, s % 4 == J: begins its product, and stores the one that began last but one, or last with
-// two products a sub; storing at once would wait for the product's end.
-template <int Kind, bool Wide, int J>
-HL_INLINE void tile_step(Desk& desk, const Rows& rows, int64_t tile, int half, int s, int subs) {
-  constexpr bool is_signed = signed_weights<Kind>;
-  constexpr int w = 6 + J % 2, x = 4 + J % 2, before = (J + 2) % 4, pair = J % 2 * 2;
-  if constexpr (in_two<Kind, Wide>) {
-    if (s < subs) {
-      load_tile<w>(desk.weights[tile][half][s], 64);
-      load_tile<4>(rows.codes + s * 64, rows.stride);
-      load_tile<5>(rows.codes + s * 64 + 32, rows.stride);
-    }
-    if (s >= 1 && s <= subs) {
-      store_tile<2 - pair>(desk.dots[(J + 3) % 4]);
-      store_tile<3 - pair>(desk.lows[(J + 3) % 4]);
-    }
-    if (s >= subs) return;
-    zero_tile<pair>();
-    dot_tiles<pair, 4, w, is_signed>();
-    zero_tile<pair + 1>();
-    dot_tiles<pair + 1, 5, w, is_signed>();
+// `n` blocks of 64 inputs: adds their products to `sums`, which begin at 0 if `fresh`. Results of the block before are
+// made meanwhile: that is done by other parts of the CPU, but it does not look far enough ahead to see that.
+template <int Kind>
+HL_APART void add_blocks(const uint8_t* x, const uint8_t* w, int n, bool fresh, BlockSums& sums, const Finished& before,
+                         int64_t in, const uint8_t* tile, int half) {
+  if (fresh) {
+    zero_tile<0>(), zero_tile<1>();
+    if (!one_byte<Kind>) zero_tile<2>(), zero_tile<3>();
   } else {
-    if (s < subs) {
-      load_tile<w>(desk.weights[tile][half][s], 64);
-      load_tile<x>(rows.codes + s * code_bytes(Wide ? Act::int12 : Act::int8), rows.stride);
+    load_tile<0>(sums[0], 64), load_tile<1>(sums[1], 64);
+    if (!one_byte<Kind>) load_tile<2>(sums[2], 64), load_tile<3>(sums[3], 64);
+  }
+  constexpr int64_t low = most_blocks * 1024;
+  constexpr int behind = 3;  // steps that the sums of before take to get where they can be read
+  for (int b = 0, done = 0; b < n; b++, x += 2 * next_cell, w += 1024) {
+    load_tile<4>(x, cell);
+    load_tile<6>(w, 64);
+    dot_tiles<0, 4, 6, true>();
+    load_tile<5>(x + next_cell, cell);
+    if (one_byte<Kind>) {
+      dot_tiles<1, 5, 6, true>();
+    } else {
+      load_tile<7>(w + low, 64);
+      dot_tiles<1, 4, 7, false>();
+      dot_tiles<2, 5, 6, true>();
+      dot_tiles<3, 5, 7, false>();
     }
-    if (s >= 2 && s < subs + 2) store_tile<before>(desk.dots[before]);
-    if (s >= subs) return;
-    zero_tile<J>();
-    dot_tiles<J, x, w, is_signed>();
+    const int until = b + 1 == n ? before.n_rows : b < behind ? 0 : before.n_rows * (b + 1 - behind) / (n - behind);
+    finish<Kind>(before, done, until, in, tile, half);
+    done = until;
   }
+  store_tile<0>(sums[0]), store_tile<1>(sums[1]);
+  if (!one_byte<Kind>) store_tile<2>(sums[2]), store_tile<3>(sums[3]);
 }
 
-// R rows x 16 outputs: adds a stretch's products to `sums`. Products are scaled four subs behind the tiles' beginning,
-// which take that long.
-template <int Kind, bool Wide, int R>
-HL_APART void int_block(Desk& desk, const Rows& rows, int64_t tile, int half, int subs, float (*sums_of)[HL_TILE]) {
-  constexpr int behind = 4;
-  F sums[R];
-  HL_UNROLL for (int r = 0; r < R; r++) sums[r] = load(sums_of[r]);
-  const auto step = [&](auto place, int s) {
-    constexpr int J = decltype(place)::value;
-    tile_step<Kind, Wide, J>(desk, rows, tile, half, s, subs);
-    const int done = s - behind;
-    if (done < 0 || done >= subs) return;
-    const F scale = Kind == HL_INT8_ROW ? zero() : load(desk.scales[tile][half][done]);
-    const F offset = has_offsets(Kind) ? load(desk.offsets[tile][half][done]) : zero();
-    const float *x_scales = desk.x_scales[done], *x_sums = desk.x_sums[done];
-    HL_UNROLL for (int r = 0; r < R; r++) {
-      const I dots = {_mm512_load_si512(desk.dots[J][r])};
-      F whole;
-      if constexpr (in_two<Kind, Wide>)
-        whole = add(float_of<4>(dots), float_of({_mm512_load_si512(desk.lows[J][r])}));
-      else
-        whole = float_of(dots);
-      const F x_scale = set1(x_scales[r]);
-      sums[r] = fma(whole, Kind == HL_INT8_ROW ? x_scale : mul(scale, x_scale), sums[r]);
-      if (has_offsets(Kind)) sums[r] = fma(offset, set1(x_sums[r]), sums[r]);
-    }
-  };
-  for (int s = 0; s < subs + behind; s += 4) {
-    step(std::integral_constant<int, 0>{}, s);
-    step(std::integral_constant<int, 1>{}, s + 1);
-    step(std::integral_constant<int, 2>{}, s + 2);
-    step(std::integral_constant<int, 3>{}, s + 3);
-  }
-  HL_UNROLL for (int r = 0; r < R; r++) store(sums_of[r], sums[r]);
+// Asks for the places of a block's results, which come too slowly when they are written.
+HL_INLINE void fetch_results(const Epilogue& out, int64_t row, int n_rows, int64_t tile) {
+  const int64_t columns = out.flags & HL_SILU_MUL ? HL_TILE / 2 : HL_TILE;
+  for (int64_t r = row; r < row + n_rows; r++)
+    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(out.y + r * out.ldy + tile * columns + c, 1, 3);
 }
 
-template <int Kind, bool Wide>
-HL_INLINE void int_halves(Desk& desk, const Rows& rows, int64_t tile, int height, int subs, float (*sums)[HL_TILE]) {
-  for (int h = 0; h < 2; h++) {
-    float(*half)[HL_TILE] = reinterpret_cast<float(*)[HL_TILE]>(sums[0] + 16 * h);
-    if (height > 12) int_block<Kind, Wide, 16>(desk, rows, tile, h, subs, half);
-    else if (height > 8) int_block<Kind, Wide, 12>(desk, rows, tile, h, subs, half);
-    else int_block<Kind, Wide, 8>(desk, rows, tile, h, subs, half);
-  }
-}
-
-template <int Kind, bool Wide>
+template <int Kind>
 void int_tiles(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
                const Epilogue& out) {
-  constexpr int depth = in_one<Kind, Wide> ? 64 : 32;
-  const int64_t subs = subs_of(w.in), stretches = (subs + most_subs - 1) / most_subs, bytes = tile_bytes(w);
-  const uint8_t* data = static_cast<const uint8_t*>(w.data);
+  const int64_t blocks = (w.in + 63) / 64, stretches = (blocks + most_blocks - 1) / most_blocks, bytes = tile_bytes(w);
   Desk desk;
   int shaped = 0;
   for (int64_t row0 = 0; row0 < n_rows; row0 += rows_at_once) {
     const int64_t height = n_rows - row0 < rows_at_once ? n_rows - row0 : rows_at_once;
-    for (int64_t first = tile0; first < tile1; first += most_tiles) {
-      const int64_t n_tiles = tile1 - first < most_tiles ? tile1 - first : most_tiles;
-      for (int64_t tile = 0; tile < n_tiles; tile++)
-        memset(desk.sums[tile], 0, static_cast<size_t>(whole_rows(height)) * sizeof desk.sums[0][0]);
+    for (int64_t tile = tile0; tile < tile1; tile++) {
+      const uint8_t* data = static_cast<const uint8_t*>(w.data) + tile * bytes;
       for (int64_t stretch = 0; stretch < stretches; stretch++) {
-        const int64_t sub0 = subs * stretch / stretches;
-        const int n = static_cast<int>(subs * (stretch + 1) / stretches - sub0);
-        for (int64_t tile = 0; tile < n_tiles; tile++)
-          unpack<Kind, Wide>(w, data + (first + tile) * bytes, sub0, n, tile, desk);
-        for (int64_t row = 0; row < height; row += tile_rows) {
-          const int block_rows = static_cast<int>(height - row < tile_rows ? height - row : tile_rows);
-          if (block_rows != shaped) shape_tiles(shaped = block_rows, depth);
-          const Rows block = {rows + (row0 + row) * stride + sub0 * code_bytes(Wide ? Act::int12 : Act::int8), stride};
-          gather_scales<Kind, Wide>(block, w.in, block_rows, sub0, n, desk);
-          for (int64_t tile = 0; tile < n_tiles; tile++)
-            int_halves<Kind, Wide>(desk, block, tile, block_rows, n, desk.sums[tile] + row);
+        const int64_t block0 = blocks * stretch / stretches;
+        const int n = static_cast<int>(blocks * (stretch + 1) / stretches - block0);
+        for (int h = 0; h < 2; h++) {
+          unpack<Kind>(w, data, h, block0, n, desk);
+          Finished before = {};
+          for (int64_t row = 0; row < height; row += tile_rows) {
+            const int here = static_cast<int>(height - row < tile_rows ? height - row : tile_rows);
+            if (here != shaped) shape_tiles(shaped = here, 64);
+            const uint8_t* x = rows + (row0 + row) * stride;
+            BlockSums& sums = desk.sums[h][row / tile_rows];
+            if (h == 1 && stretch + 1 == stretches) fetch_results(out, row0 + row, here, tile);
+            add_blocks<Kind>(x + block0 * 2 * next_cell, desk.weights[0][0], n, stretch == 0, sums, before, w.in, data, h);
+            if (stretch + 1 == stretches) before = {&sums, x, here, desk.results + row};
+          }
+          finish<Kind>(before, 0, before.n_rows, w.in, data, h);
         }
       }
-      for (int64_t tile = 0; tile < n_tiles; tile++) {
-        const float* scales = reinterpret_cast<const float*>(data + (first + tile) * bytes);
-        for (int64_t r = 0; Kind == HL_INT8_ROW && r < height; r++)
-          for (int h = 0; h < 2; h++) {
-            float* y = desk.sums[tile][r] + 16 * h;
-            store(y, mul(load(y), load(scales + 16 * h)));
-          }
-        write_panel(desk.sums[tile], height, row0, first + tile, w.out, out);
-      }
+      write_panel(desk.results, height, row0, tile, w.out, out);
     }
   }
   release_tiles();
@@ -406,7 +379,7 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
         odd[h] = from_bits(andi(both, second));
       }
       HL_UNROLL for (int r = 0; r < R; r++) {
-        const I both = quad(reinterpret_cast<const int8_t*>(x.rows + r * x.stride + 4 * k));
+        const I both = quad(reinterpret_cast<const int8_t*>(x.rows[r] + 4 * k));
         const F a = from_bits(shl<16>(both)), b = from_bits(andi(both, second));
         HL_UNROLL for (int h = 0; h < 2; h++) {
           evens[r][h] = fma(even[h], a, evens[r][h]);
@@ -422,8 +395,9 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
 
 // From how many rows on tiles are faster (measured on a Xeon of the fourth generation).
 template <int Kind>
-bool wants_tiles(int64_t rows) {
-  return Kind != HL_F32 && rows > (Kind == HL_BF16 ? 4 : 12);
+bool wants_tiles(int64_t rows, int64_t in) {
+  if (Kind == HL_F32 || Kind == HL_BF16) return Kind == HL_BF16 && rows > 4;
+  return rows > 6 && in <= most_on_tiles;
 }
 
 template <int Kind>
@@ -431,8 +405,7 @@ void product_on_tiles(const hl_weight& w, const uint8_t* rows, int64_t stride, i
                       int64_t tile1, const Epilogue& out) {
   if constexpr (Kind == HL_BF16) bf16_tiles(w, rows, stride, n_rows, tile0, tile1, out);
   else if constexpr (Kind != HL_F32)
-    (act_of(w) == Act::int12 ? int_tiles<Kind, true> : int_tiles<Kind, false>)(w, rows, stride, n_rows, tile0, tile1,
-                                                                                 out);
+    int_tiles<Kind>(w, rows, stride, n_rows, tile0, tile1, out);
 }
 
 }  // namespace

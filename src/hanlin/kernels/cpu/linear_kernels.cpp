@@ -5,6 +5,7 @@
 // which one output's products are added does not depend on R, so neither does its value.
 #include "linear.h"
 #include "simd_dot.h"
+#include "simd_exact.h"
 
 namespace hl::HL_VARIANT {
 
@@ -26,8 +27,7 @@ constexpr int halves = 1, int_rows = 2, float_rows = 4;  // 16 registers of 8 la
 using Results = float[float_rows][HL_TILE];
 
 struct Panel {
-  const uint8_t* rows;  // prepared rows
-  int64_t stride;
+  const uint8_t* rows[float_rows];  // prepared rows
   const uint8_t* ahead;  // what to fetch while this tile is multiplied: as many bytes as it has, from here on
   int64_t turn,
       every;  // which subs' worth of it this panel fetches: number `turn` (-1: none) and every `every`th after it
@@ -77,14 +77,10 @@ void write_panel(float (*results)[HL_TILE], int64_t rows, int64_t row0, int64_t 
 
 // ---- integer kinds --------------------------------------------------------------------------------------------------
 
-template <bool Wide>
-constexpr int64_t code_size = code_bytes(Wide ? Act::int12 : Act::int8);
-
-// dots[r][h] += sum over 32 inputs of code * x; `low`: of the second eight bits, which stand behind the first.
-template <int Kind, int R, bool Wide>
-HL_INLINE void plane_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0, bool low, I (&dots)[R][halves]) {
-  const int64_t at = sub * code_size<Wide> + (low ? 32 : 0);
-  const auto codes_of = [&](int r) { return reinterpret_cast<const int8_t*>(x.rows + r * x.stride + at); };
+// dots[r][h] += sum over 32 inputs of code * x, of the high or the low bytes of x.
+template <int Kind, int R>
+HL_INLINE void plane_dots(const uint8_t* w, const Panel& x, int64_t at, int half0, I (&dots)[R][halves]) {
+  const auto codes_of = [&](int r) { return reinterpret_cast<const int8_t*>(x.rows[r] + at); };
   if (is_int4(Kind)) {
     N sums[R][halves];
     HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = begin(dots[r][h]);
@@ -116,72 +112,100 @@ HL_INLINE void plane_dots(const uint8_t* w, const Panel& x, int64_t sub, int hal
   }
 }
 
-// One sub, less the offset that symmetric kinds store their codes with.
-template <int Kind, int R, bool Wide>
-HL_INLINE void sub_dots(const uint8_t* w, const Panel& x, int64_t sub, int half0, const ActParams* const (&params)[R],
-                        I (&dots)[R][halves]) {
-  constexpr bool offset4 = Kind == HL_INT4, offset8 = !is_int4(Kind) && !signed_u8;
-  const auto offset = [&](int r) {
-    const I neg_sum = set1i(params[r][sub].neg_sum);
-    return offset4 ? shl<3>(neg_sum) : offset8 ? shl<7>(neg_sum) : set1i(0);
-  };
-  HL_UNROLL for (int r = 0; r < R; r++) {
-    const I start = Wide ? set1i(0) : offset(r);
-    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = start;
-  }
-  plane_dots<Kind, R, Wide>(w, x, sub, half0, false, dots);
-  if (!Wide) return;
-  HL_UNROLL for (int r = 0; r < R; r++) {
-    const I more = offset(r);
-    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = addi(shl<4>(dots[r][h]), more);
-  }
-  plane_dots<Kind, R, Wide>(w, x, sub, half0, true, dots);
+// What a group of weights is multiplied by, see hl_linear: W = scale * q + rest, where q of int4 kinds is in -8..7.
+struct Factors {
+  I scale, rest;
+};
+
+HL_INLINE F inverse_units(const uint8_t* tile, int half) {
+  return div(set1(1.0f), max(load(reinterpret_cast<const float*>(tile) + 16 * half), set1(1e-37f)));
 }
 
-template <int Kind, int R, bool Wide>
+template <int Kind>
+HL_INLINE Factors factors_of(const uint8_t* group, int half, F inverse) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(group) + 16 * half;
+  const F scale = load_f16(scales);
+  Factors f = {to_int(mul(scale, inverse)), set1i(0)};
+  if (!has_offsets(Kind)) return f;
+  const F offset = load_f16(scales + HL_TILE), eight = set1(8.0f);
+  const F middle = Kind == HL_INT4_MIN ? fma(scale, eight, offset) : mul(scale, sub(eight, offset));
+  f.rest = to_int(mul(middle, inverse));
+  return f;
+}
+
+// Subs whose products add up within 32 bits: 16 * 32 * 32512 * 127 and 2048 * 32 * 128 * 127 are less than 2^31 - 2^16.
+template <int Kind>
+constexpr int64_t subs_at_once = Kind == HL_INT8_ROW ? 2048 : 16;
+
+// The sum of whole products as what it stands for.
+HL_INLINE F in_units(Exact total, const uint8_t* tile, int half, float x_unit) {
+  return mul(to_float(total), mul(load(reinterpret_cast<const float*>(tile) + 16 * half), set1(x_unit)));
+}
+
+// One sub of one half of the bytes of x: its products with weights, added to sums.
+template <int Kind, int R>
+HL_INLINE void add_sub(const uint8_t* w, const Panel& x, int64_t at, int half0, const I (&minus)[R], const I (&by)[halves],
+                       I (&sums)[R][halves]) {
+  constexpr bool adds_up = Kind == HL_INT8_ROW, offset8 = !is_int4(Kind) && !signed_u8;
+  I dots[R][halves];
+  HL_UNROLL for (int r = 0; r < R; r++) {
+    const I start = is_int4(Kind) ? shl<3>(minus[r]) : offset8 ? shl<7>(minus[r]) : set1i(0);
+    HL_UNROLL for (int h = 0; h < halves; h++) dots[r][h] = adds_up ? addi(sums[r][h], start) : start;
+  }
+  plane_dots<Kind, R>(w, x, at, half0, dots);
+  HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) {
+    if (adds_up) sums[r][h] = dots[r][h];
+    else if (!is_int4(Kind)) sums[r][h] = mul_add(sums[r][h], dots[r][h], by[h]);
+    else if (!has_offsets(Kind)) sums[r][h] = pair_dot(sums[r][h], dots[r][h], by[h]);
+    else
+      sums[r][h] = pair_dot(sums[r][h], ori(andi(dots[r][h], set1i(0xFFFF)), shl<16>(minus[r])), by[h]);
+  }
+}
+
+template <int Kind, int R>
 void int_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Results& results) {
-  const int64_t subs = subs_of(weight.in), subs_per_group = Kind == HL_INT8_ROW ? subs : weight.group / 32;
-  const ActParams* params[R];
-  HL_UNROLL for (int r = 0; r < R; r++) params[r] =
-      reinterpret_cast<const ActParams*>(x.rows + r * x.stride + subs * code_size<Wide>);
+  const int64_t subs = subs_of(weight.in), subs_per_group = Kind == HL_INT8_ROW ? 1 : weight.group / 32;
   for (int half0 = 0; half0 < 2; half0 += halves) {
-    F sums[R][halves];
-    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = zero();
-    const uint8_t* w = tile + (Kind == HL_INT8_ROW ? HL_TILE * 4 : 0);
+    Exact totals[R][halves];
+    F inverse[halves];
+    HL_UNROLL for (int h = 0; h < halves; h++) inverse[h] = inverse_units(tile, half0 + h);
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) totals[r][h] = {set1i(0), set1i(0)};
+    const uint8_t* w = tile + units_bytes;
     int64_t until_fetch = x.turn;
     for (int64_t sub = 0; sub < subs;) {
-      const uint16_t* scales = reinterpret_cast<const uint16_t*>(w);
-      if (Kind != HL_INT8_ROW) w += group_header(Kind);
-      const int64_t end = sub + subs_per_group;
-      for (; sub < end; sub++, w += sub_bytes(Kind)) {
-        if (until_fetch-- == 0) {
-          constexpr int64_t header = Kind == HL_INT8_ROW ? HL_TILE * 4 : group_header(Kind);
-          fetch_ahead(x, tile, w - header, header + sub_bytes(Kind));
-          until_fetch = x.every - 1;
-        }
-        I dots[R][halves];
-        sub_dots<Kind, R, Wide>(w, x, sub, half0, params, dots);
-        F scale[halves], offset[halves];
+      const int64_t stop = subs - sub < subs_at_once<Kind> ? subs : sub + subs_at_once<Kind>;
+      I highs[R][halves], lows[R][halves];
+      HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) highs[r][h] = lows[r][h] = set1i(0);
+      while (sub < stop) {
+        constexpr int64_t header = Kind == HL_INT8_ROW ? 0 : group_header(Kind);
+        I by[halves];
         HL_UNROLL for (int h = 0; h < halves && Kind != HL_INT8_ROW; h++) {
-          scale[h] = load_f16(scales + 16 * (half0 + h));
-          if (has_offsets(Kind)) offset[h] = load_f16(scales + HL_TILE + 16 * (half0 + h));
-          if (Kind == HL_INT4_ZERO) offset[h] = mul(offset[h], mul(scale[h], set1(-1.0f)));
+          const Factors f = factors_of<Kind>(w, half0 + h, inverse[h]);
+          const I low = set1i(0xFFFF);
+          // Sums come negated, and so do what they are multiplied by: rest is never -2^15.
+          by[h] = !is_int4(Kind)       ? f.scale
+                  : !has_offsets(Kind) ? andi(f.scale, low)
+                                       : ori(andi(f.scale, low), shl<16>(mul_add(set1i(0), f.rest, set1i(-1))));
         }
-        HL_UNROLL for (int r = 0; r < R; r++) {
-          const F x_scale = set1(params[r][sub].scale);
-          HL_UNROLL for (int h = 0; h < halves; h++) {
-            const F factor = Kind == HL_INT8_ROW ? x_scale : mul(scale[h], x_scale);
-            sums[r][h] = fma(to_float(dots[r][h]), factor, sums[r][h]);
-            if (has_offsets(Kind)) sums[r][h] = fma(offset[h], set1(params[r][sub].scaled_sum), sums[r][h]);
+        w += header;
+        for (const int64_t end = sub + subs_per_group; sub < end; sub++, w += sub_bytes(Kind)) {
+          if (until_fetch-- == 0) {
+            fetch_ahead(x, tile, w - header, header + sub_bytes(Kind));
+            until_fetch = x.every - 1;
           }
+          const int64_t at = at_sub(sub);
+          I minus[R];
+          HL_UNROLL for (int r = 0; r < R; r++) minus[r] = set1i(sums_at(x.rows[r], weight.in, sub).minus_high);
+          add_sub<Kind, R>(w, x, at, half0, minus, by, highs);
+          HL_UNROLL for (int r = 0; r < R; r++) minus[r] = set1i(sums_at(x.rows[r], weight.in, sub).minus_low);
+          add_sub<Kind, R>(w, x, at + next_cell, half0, minus, by, lows);
         }
       }
+      HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) totals[r][h] =
+          add(totals[r][h], set1i(0), highs[r][h], lows[r][h]);
     }
-    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++) {
-      F y = sums[r][h];
-      if (Kind == HL_INT8_ROW) y = mul(y, load(reinterpret_cast<const float*>(tile) + 16 * (half0 + h)));
-      store(results[r] + 16 * (half0 + h), y);
-    }
+    HL_UNROLL for (int r = 0; r < R; r++) HL_UNROLL for (int h = 0; h < halves; h++)
+        store(results[r] + 16 * (half0 + h), in_units(totals[r][h], tile, half0 + h, unit_at(x.rows[r], weight.in)));
   }
 }
 
@@ -206,7 +230,7 @@ void f32_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Res
         F part[halves];
         HL_UNROLL for (int h = 0; h < halves; h++) part[h] = load(reinterpret_cast<const float*>(w) + 16 * (half0 + h));
         HL_UNROLL for (int r = 0; r < R; r++) {
-          const F a = set1(reinterpret_cast<const float*>(x.rows + r * x.stride)[k]);
+          const F a = set1(reinterpret_cast<const float*>(x.rows[r])[k]);
           HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = fma(part[h], a, sums[r][h]);
         }
       }
@@ -247,7 +271,7 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
         HL_UNROLL for (int h = 0; h < halves; h++) part[h] =
             bits(load(reinterpret_cast<const float*>(w) + 16 * (half0 + h)));
         HL_UNROLL for (int r = 0; r < R; r++) {
-          const I a = quad(reinterpret_cast<const int8_t*>(x.rows + r * x.stride + 4 * k));
+          const I a = quad(reinterpret_cast<const int8_t*>(x.rows[r] + 4 * k));
           HL_UNROLL for (int h = 0; h < halves; h++) sums[r][h] = dot_bf16(sums[r][h], part[h], a);
         }
       }
@@ -269,7 +293,7 @@ constexpr int bf16_rows = 4;
 #else
 constexpr int bf16_rows = float_rows;
 template <int Kind>
-bool wants_tiles(int64_t) {
+bool wants_tiles(int64_t, int64_t) {
   return false;
 }
 template <int Kind>
@@ -281,40 +305,41 @@ void product_on_tiles(const hl_weight&, const uint8_t*, int64_t, int64_t, int64_
 using PanelFunction = void (*)(const hl_weight&, const uint8_t*, const Panel&, Results&);
 
 template <int Kind, int R>
-constexpr PanelFunction panel_function(bool wide) {
+constexpr PanelFunction panel_function() {
   if constexpr (Kind == HL_F32) return f32_panel<R>;
   else if constexpr (Kind == HL_BF16) return bf16_panel<R>;
-  else return wide ? int_panel<Kind, R, true> : int_panel<Kind, R, false>;
+  else return int_panel<Kind, R>;
 }
 
 constexpr int most_rows(int kind) { return kind == HL_F32 ? float_rows : kind == HL_BF16 ? bf16_rows : int_rows; }
 
 template <int Kind, int R = most_rows(Kind)>
-PanelFunction choose(int64_t rows, bool wide) {
-  if constexpr (R > 1) return rows == R ? panel_function<Kind, R>(wide) : choose<Kind, R - 1>(rows, wide);
-  else return panel_function<Kind, 1>(wide);
+PanelFunction choose(int64_t rows) {
+  if constexpr (R > 1) return rows == R ? panel_function<Kind, R>() : choose<Kind, R - 1>(rows);
+  else return panel_function<Kind, 1>();
 }
 
 // As few panels as there can be, as even as they can be: 8 rows are 4 + 4, not 6 + 2.
 //
 // Fetching ahead: where a tile has several panels they fetch the next tile together; otherwise the first one would wait
-// for memory, and memory for all the others. A single panel that computes long enough for each byte (int4 codes, inputs
-// of 12 bits) outlasts the CPU's own prefetching and fetches too (measured on Zen 5: twice as fast at 6 rows); all other
-// single panels run at the speed of memory without help.
+// for memory, and memory for all the others. A single panel that computes long enough for each byte (integer kinds)
+// outlasts the CPU's own prefetching and fetches too (measured on Zen 5: twice as fast at 6 rows); all other single
+// panels run at the speed of memory without help.
 template <int Kind>
 void product_of(const hl_weight& w, const uint8_t* rows, int64_t stride, int64_t n_rows, int64_t tile0, int64_t tile1,
                 const Epilogue& out) {
-  if (wants_tiles<Kind>(n_rows)) return product_on_tiles<Kind>(w, rows, stride, n_rows, tile0, tile1, out);
+  if (wants_tiles<Kind>(n_rows, w.in)) return product_on_tiles<Kind>(w, rows, stride, n_rows, tile0, tile1, out);
   const int64_t bytes = tile_bytes(w), panels = (n_rows + most_rows(Kind) - 1) / most_rows(Kind);
   const int64_t distance = panels == 1 && bytes > 16384 ? 16384 : bytes;
-  const bool wide = act_of(w) == Act::int12, fetch = panels > 1 || wide || (is_int4(Kind) && n_rows >= 3);
+  const bool fetch = panels > 1 || Kind >= HL_INT8_ROW;
   for (int64_t tile = tile0; tile < tile1; tile++) {
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + tile * bytes;
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t row0 = n_rows * panel / panels, height = n_rows * (panel + 1) / panels - row0;
-      const Panel x = {rows + row0 * stride, stride, data + distance, fetch && tile + 1 < tile1 ? panel : -1, panels};
+      Panel x = {{}, data + distance, fetch && tile + 1 < tile1 ? panel : -1, panels};
+      for (int64_t r = 0; r < height; r++) x.rows[r] = act_row(act_of(w), rows, stride, row0 + r);
       Results results;
-      choose<Kind>(height, wide)(w, data, x, results);
+      choose<Kind>(height)(w, data, x, results);
       write_panel(results, height, row0, tile, w.out, out);
     }
   }
@@ -343,54 +368,54 @@ void product(const hl_weight& w, const void* rows, int64_t stride, int64_t n_row
 
 // ---- preparing inputs -----------------------------------------------------------------------------------------------
 
-// A sub of zeros, or of values too small to divide by, has scale 0; one with a value that is not finite has scale NaN.
-template <bool Wide>
-void prepare_int(const float* x, int n, int8_t* codes, ActParams* params) {
-  const F a = load(x, n < 16 ? n : 16), b = n > 16 ? load(x + 16, n - 16) : zero();
+// A row of zeros, or of values too small to divide by, has unit 0; one with a value that is not finite has unit NaN.
+void prepare_int(const float* x, int64_t in, uint8_t* row) {
   const I magnitude = set1i(0x7FFFFFFF);
-  const int32_t top = hmax(maxi(andi(bits(a), magnitude), andi(bits(b), magnitude)));
+  I tops = set1i(0);
+  int64_t k = 0;
+  for (; k + 16 <= in; k += 16) tops = maxi(tops, andi(bits(load(x + k)), magnitude));
+  if (k < in) tops = maxi(tops, andi(bits(load(x + k, static_cast<int>(in - k))), magnitude));
+  const int32_t top = hmax(tops);
   float largest;
   memcpy(&largest, &top, 4);
-  *params = {0, 0, 0, 0};
+  float& unit = const_cast<float&>(unit_at(row, in));
   if (!(largest < INFINITY) || largest < 1e-30f) {
-    memset(codes, 0, code_size<Wide>);
-    if (!(largest < INFINITY)) params->scale = params->scaled_sum = NAN;
+    for (int64_t c = 0; c < code_cells(in) + sums_cells(in); c++) memset(row + c * next_cell, 0, cell);
+    unit = largest < INFINITY ? 0.0f : NAN;
     return;
   }
-  const float inverse = 127.0f / largest;
-  const I qa = to_int(mul(a, set1(inverse))), qb = to_int(mul(b, set1(inverse)));
-  store_i8(codes, qa);
-  store_i8(codes + 16, qb);
-  int32_t total = sum(addi(qa, qb));
-  params->scale = largest / 127.0f;
-  if (Wide) {  // what the eight bits leave, in steps of 1 / 16 of theirs: -8..8, and no more where rounding was off
-    const F back = set1(-params->scale), finer = set1(16.0f * inverse), top = set1(8.0f), bottom = set1(-8.0f);
-    const I la = to_int(max(min(mul(fma(to_float(qa), back, a), finer), top), bottom));
-    const I lb = to_int(max(min(mul(fma(to_float(qb), back, b), finer), top), bottom));
-    store_i8(codes + 32, la);
-    store_i8(codes + 48, lb);
-    total = 16 * total + sum(addi(la, lb));
-    params->scale /= 16.0f;
+  unit = largest / 32512.0f;
+  const F inverse = set1(32512.0f / largest);
+  for (int64_t sub = 0; sub < subs_of(in); sub++) {
+    const int n = static_cast<int>(in - sub * 32 < 32 ? in - sub * 32 : 32);
+    int32_t highs = 0, lows = 0;
+    for (int part = 0; part < 2; part++) {
+      const int left = n - 16 * part;
+      const F values = left >= 16 ? load(x + sub * 32 + 16 * part) : left > 0 ? load(x + sub * 32 + 16 * part, left) : zero();
+      I q = to_int(mul(values, inverse));
+      const I half = set1i(128), below_0 = addi(andi(addi(q, half), set1i(255)), set1i(-1));  // below 0 where q % 256 == 128
+      q = addi(q, andi(shr<31>(below_0), set1i(1)));
+      const I high = shr<8>(addi(q, half)), low = shr<24>(shl<24>(q));
+      int8_t* to = reinterpret_cast<int8_t*>(row + at_sub(sub) + 16 * part);
+      store_i8(to, high);
+      store_i8(to + next_cell, low);
+      highs += sum(high);
+      lows += sum(low);
+    }
+    const_cast<ActSums&>(sums_at(row, in, sub)) = {-highs, -lows};
   }
-  params->neg_sum = -total;
-  params->scaled_sum = params->scale * static_cast<float>(total);
-}
-
-template <bool Wide>
-void prepare_ints(const float* x, int64_t begin, int64_t end, int64_t in, uint8_t* row) {
-  int8_t* codes = reinterpret_cast<int8_t*>(row);
-  ActParams* params = reinterpret_cast<ActParams*>(row + subs_of(in) * code_size<Wide>);
-  for (int64_t k = begin; k < end; k += 32)
-    prepare_int<Wide>(x + k - begin, static_cast<int>(end - k < 32 ? end - k : 32), codes + k / 32 * code_size<Wide>,
-                      params + k / 32);
+  if (subs_of(in) % 2 != 0) {  // the other half of the last 64
+    memset(row + at_sub(subs_of(in)), 0, 32);
+    memset(row + at_sub(subs_of(in)) + next_cell, 0, 32);
+  }
 }
 
 void prepare(Act act, const float* x, int64_t begin, int64_t end, int64_t in, void* row) {
   uint8_t* to = static_cast<uint8_t*>(row);
-  int64_t used = act_bytes(act, in);
+  if (act == Act::int16) return prepare_int(x, in, to);
   if (act == Act::f32) {
     memcpy(to + 4 * begin, x, static_cast<size_t>(end - begin) * 4);
-  } else if (act == Act::bf16) {
+  } else {
     uint16_t* b = static_cast<uint16_t*>(row);
     int64_t k = begin;
     for (; k + 16 <= end; k += 16) store_u16(b + k, to_bf16(load(x + k - begin)));
@@ -399,12 +424,8 @@ void prepare(Act act, const float* x, int64_t begin, int64_t end, int64_t in, vo
       store_u16(t, to_bf16(load(x + k - begin, static_cast<int>(end - k))));
       memcpy(b + k, t, static_cast<size_t>(end - k) * 2);
     }
-    used = in * 2;
-  } else if (act == Act::int12) {
-    prepare_ints<true>(x, begin, end, in, to);
-  } else {
-    prepare_ints<false>(x, begin, end, in, to);
   }
+  const int64_t used = in * (act == Act::f32 ? 4 : 2);
   if (end == in) memset(to + used, 0, static_cast<size_t>(act_stride(act, in) - used));
 }
 

@@ -204,7 +204,7 @@ template <class Visit>
 void each_quad(const hl_weight& w, int64_t out, const Visit& visit) {
   const int64_t in = (w.in + 31) / 32 * 32, group = is_grouped(w.kind) ? w.group : in;
   const int64_t step = is_int4(w.kind) ? 8 : 4, lane = out % HL_TILE * 4;
-  int64_t at = w.kind == HL_INT8_ROW ? HL_TILE * 4 : 0;
+  int64_t at = units_bytes;
   for (int64_t k = 0; k < in;) {
     if (is_grouped(w.kind)) at += group_header(w.kind);
     for (const int64_t end = k + group; k < end; k += step, at += HL_TILE * 4) visit(k, at + lane);
@@ -213,6 +213,24 @@ void each_quad(const hl_weight& w, int64_t out, const Visit& visit) {
 
 uint8_t* tile_of(const hl_weight& w, int64_t out) {
   return static_cast<uint8_t*>(w.data) + out / HL_TILE * tile_bytes(w);
+}
+
+// What the whole numbers of a row are multiples of, see hl_linear.
+float unit_for(int32_t kind, const Row& row) {
+  float scale = 0, most = 0;
+  for (size_t g = 0; g < row.scales.size(); g++) {
+    const float d = half_to_float(row.scales[g]);
+    scale = std::fmax(scale, std::fabs(d));
+    if (!has_offsets(kind)) continue;
+    const float z = half_to_float(row.zeros[g]), low = kind == HL_INT4_MIN ? z : -d * z;
+    most = std::fmax(most, std::fmax(std::fabs(low), std::fabs(low + 15 * d)));
+  }
+  if (scale == 0 && most == 0) return 1;
+  if (kind == HL_INT8) return scale / 254;
+  most = std::fmax(most, 8 * scale);
+  int exponent;
+  std::frexp(most / 32504, &exponent);  // rounding S and M may add 8
+  return std::ldexp(1.0f, exponent);
 }
 
 void put(const hl_weight& w, const Row& row, int64_t out) {
@@ -237,12 +255,10 @@ void put(const hl_weight& w, const Row& row, int64_t out) {
   } else {
     each_quad(w, out, [&](int64_t k, int64_t at) { std::memcpy(tile + at, codes + k, 4); });
   }
-  if (w.kind == HL_INT8_ROW) {
-    std::memcpy(tile + 4 * lane, &row.scale, 4);
-    return;
-  }
+  const float unit = w.kind == HL_INT8_ROW ? row.scale : unit_for(w.kind, row);
+  std::memcpy(tile + 4 * lane, &unit, 4);
   for (size_t g = 0; g < row.scales.size(); g++) {
-    uint8_t* header = tile + static_cast<int64_t>(g) * group_bytes(w.kind, w.group) + 2 * lane;
+    uint8_t* header = tile + units_bytes + static_cast<int64_t>(g) * group_bytes(w.kind, w.group) + 2 * lane;
     std::memcpy(header, &row.scales[g], 2);
     if (has_offsets(w.kind)) std::memcpy(header + 2 * HL_TILE, &row.zeros[g], 2);
   }
@@ -267,7 +283,7 @@ void unpack_row(const hl_weight& w, int64_t out, float* x) {
   if (w.kind == HL_INT8_ROW) std::memcpy(&scale, tile + 4 * lane, 4);
   each_quad(w, out, [&](int64_t k, int64_t at) {
     if (is_grouped(w.kind) && k % w.group == 0) {
-      const uint8_t* header = tile + k / w.group * bytes + 2 * lane;
+      const uint8_t* header = tile + units_bytes + k / w.group * bytes + 2 * lane;
       scale = half_to_float(read16(header));
       if (has_offsets(w.kind)) offset = half_to_float(read16(header + 2 * HL_TILE));
     }

@@ -238,12 +238,20 @@ class Maker {
       if (multiplies(op) || (op.code == HL_OP_EMBED && op.weight >= 0))
         stage.weight = &program_.weights[static_cast<size_t>(op.weight)];
       if (has_out) stage.ready = wanted_forms(i);
-      // Heads that are no whole number of groups of 32 cannot be rounded apart from one another.
-      const bool apart = op.code == HL_OP_ATTEND && op.head_size % 32 != 0 && !stage.ready.empty();
+      // What makes a row in parts cannot prepare forms that need the whole row: that is a stage of its own.
       Stage extra = stage;
-      if (apart) stage.ready.clear();
+      if (op.code == HL_OP_LINEAR || op.code == HL_OP_ATTEND) {
+        const auto whole = [&](const Prepared& f) {
+          return f.act == Act::int16 || (op.code == HL_OP_ATTEND && op.head_size % 32 != 0);
+        };
+        const auto border = std::stable_partition(stage.ready.begin(), stage.ready.end(), [&](const Prepared& f) { return !whole(f); });
+        extra.ready.assign(border, stage.ready.end());
+        stage.ready.erase(border, stage.ready.end());
+      } else {
+        extra.ready.clear();
+      }
       program_.stages.push_back(std::move(stage));
-      if (!apart) continue;
+      if (extra.ready.empty()) continue;
       extra.op.code = op_prepare;
       program_.stages.push_back(std::move(extra));
     }

@@ -55,7 +55,7 @@ class Run {
   // Columns [begin, end) of a row of `out`, in the form that a later product wants.
   void prepare(const Prepared& form, const Stage& stage, int64_t row, int64_t begin, int64_t end) const {
     linear_.prepare(form.act, stage.out + row * stage.out_width + begin, begin, end, stage.out_width,
-                    form.rows + row * form.stride);
+                    act_row(form.act, form.rows, form.stride, row));
   }
 
   void one_row(const Stage& stage, int64_t r) const {
