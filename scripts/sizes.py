@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "hanlin"
-# The spine was meant to be 2,600; images in the place of embeddings, and packed directories, took what is above.
-FILE, MODEL, SPINE = 400, 200, 2700
+# The spine was meant to be 2,600; images in the place of embeddings, packed directories, tables kept between steps and
+# telling listeners once a step took what is above.
+FILE, MODEL, SPINE = 400, 200, 2720
 REASONS: dict[str, str] = {
     "kernels/cpu/simd.h": "four instruction sets' versions of one small vector type, to be read side by side",
 }

@@ -119,7 +119,11 @@ class AsyncLLM(AsyncJudging):
         """
         loop = asyncio.get_running_loop()
         if self._post is None or self._post.loop is not loop:
+            listeners = self.llm.thread.after_step
+            if self._post is not None:
+                listeners.remove(self._post.send)
             self._post = _Post(loop)
+            listeners.append(self._post.send)
         running = Running(self.llm, self._post)
         running.submit(list(jobs), stream=stream)
         return running
@@ -183,7 +187,9 @@ class Running:
 
 
 class _Post:
-    """Carries results from the engine's thread to an event loop, waking it once for all that a step gives."""
+    """Carries results from the engine's thread to an event loop, waking it once for all that a step gives, behind it:
+    earlier, the two threads would take Python's lock from each other for every token.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -192,7 +198,12 @@ class _Post:
 
     def put(self, receiver: Running, number: int, result: Delta | BaseException) -> None:
         self._bag.append((receiver, number, result))
-        if not self._called and not self.loop.is_closed():  # a loop that has closed wants nothing any more
+
+    def send(self) -> None:
+        """In the engine's thread: what was put is to be handed out."""
+        if self.loop.is_closed():  # it wants nothing any more
+            self._bag.clear()
+        elif self._bag and not self._called:
             self._called = True
             self.loop.call_soon_threadsafe(self._hand_out)
 

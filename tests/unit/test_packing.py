@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import hanlin
-from hanlin.checkpoints.packed import IMAGE_FILE, PackedSource
+from hanlin.checkpoints.packed import IMAGE_FILE, PackedSource, tile_bytes
 from hanlin.checkpoints.source import open_source
 from hanlin.engine import lowering
 from hanlin.errors import CheckpointError, ConfigError
@@ -58,6 +59,24 @@ def test_another_layout_is_packed_again(tmp_path: Path, weights: str, monkeypatc
     made = pack_model(model(tmp_path / "a", bias=True), tmp_path / "b", weights=weights)
     want, _ = tokens(made)
     monkeypatch.setattr(lowering, "LAYOUT_VERSION", 99)
+    assert tokens(made) == (want, False)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_first_version_is_read_too(tmp_path: Path, weights: str) -> None:
+    """It had no units before the groups of a tile."""
+    made = pack_model(model(tmp_path / "a"), tmp_path / "b", weights=weights)
+    want, _ = tokens(made)
+    image = made / IMAGE_FILE
+    with safe_open(image, "pt") as file:
+        said = json.loads(file.metadata()["hanlin"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for number, slot in enumerate(said["slots"]):
+        size = tile_bytes(slot["kind"], slot["group"], slot["in"])
+        tiles = tensors[f"packed.{number}"][: -(-slot["out"] // 32) * size].view(-1, size)[:, 128:].flatten()
+        tensors[f"packed.{number}"] = torch.nn.functional.pad(tiles, (0, -len(tiles) % 64))
+    said |= {"version": 1, "layout": "00", "offset": 0, "size": 4096}
+    save_file(tensors, image, {"hanlin": json.dumps(said)})
     assert tokens(made) == (want, False)
 
 

@@ -30,7 +30,7 @@ __all__ = ["IMAGE_FILE", "KEY", "PACKED_VERSION", "Image", "PackedSource", "padd
 
 IMAGE_FILE = "packed.safetensors"
 KEY = "hanlin"
-PACKED_VERSION = 2
+PACKED_VERSION = 2  # the first one had no units
 _TILE = 32
 _UNITS = 4 * _TILE  # before the groups of a tile: what products take its scales as multiples of, or INT8_ROW's scales
 _MOST = 1 << 31
@@ -48,19 +48,19 @@ class Image(NamedTuple):
     layout: bytes
 
 
-def tile_bytes(kind: str, group: int, in_: int) -> int:
+def tile_bytes(kind: str, group: int, in_: int, *, version: int = PACKED_VERSION) -> int:
     """Bytes of 32 outputs, see hl_packed_bytes."""
     if kind in _GROUPED:
         head, column = _GROUPED[kind]
-        return _UNITS + in_ // group * (head + group * column)
+        return (_UNITS if version > 1 else 0) + in_ // group * (head + group * column)
     if kind == "INT8_ROW":
         return _UNITS + _TILE * (-(-in_ // 32) * 32)
     return 4 * _TILE * in_ if kind == "F32" else 2 * _TILE * (-(-in_ // 2) * 2)
 
 
-def padded_bytes(kind: str, group: int, out: int, in_: int) -> int:
+def padded_bytes(kind: str, group: int, out: int, in_: int, *, version: int = PACKED_VERSION) -> int:
     """Bytes of a packed weight in the image."""
-    return -(-(-(-out // _TILE) * tile_bytes(kind, group, in_)) // 64) * 64
+    return -(-(-(-out // _TILE) * tile_bytes(kind, group, in_, version=version)) // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class PackedSource:
         self.path, self.metadata = base.path, base.metadata
         self._base = base
         said = _said(base)
+        self._version: int = said["version"]
         self.image = _image(base, said)
         found: list[str] = []
         self._slots = [slot for n, value in enumerate(said["slots"]) if (slot := _slot(n, value, found))]
@@ -118,7 +119,7 @@ class PackedSource:
     def _take(self, slot: _Slot, infos: dict[str, TensorInfo]) -> list[str]:
         """Describe the matrices and biases in a slot; what is wrong with it."""
         have = self._base.infos.get(slot.name)
-        size = padded_bytes(slot.kind, slot.group, slot.out, slot.in_)
+        size = padded_bytes(slot.kind, slot.group, slot.out, slot.in_, version=self._version)
         if have is None or have.dtype != "U8" or have.shape != (size,):
             return [f"'{slot.name}' must be U8 ({size},), not {have and (have.dtype, have.shape)}"]
         seen = np.zeros(slot.out, np.int64)
@@ -182,7 +183,7 @@ class PackedSource:
     def _tiles(self, slot: _Slot, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """The tiles (n, bytes) that hold some outputs, and where these are among the outputs of those."""
         first, last = int(rows.min()) // _TILE, int(rows.max()) // _TILE + 1
-        size = tile_bytes(slot.kind, slot.group, slot.in_)
+        size = tile_bytes(slot.kind, slot.group, slot.in_, version=self._version)
         return self._base.raw(slot.name)[first * size : last * size].reshape(-1, size), rows - first * _TILE
 
     def _codes(self, slot: _Slot, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
@@ -193,8 +194,8 @@ class PackedSource:
             quads = tiles[:, _UNITS:].reshape(len(tiles), -1, _TILE, 4)
             codes = quads.transpose(0, 2, 1, 3).reshape(len(tiles) * _TILE, -1)[:, : slot.in_]
             return np.ascontiguousarray(codes[at]), scales[at], np.empty((len(at), 0), np.float16)
-        head, _ = _GROUPED[slot.kind]
-        groups = tiles[:, _UNITS:].reshape(len(tiles), slot.in_ // slot.group, -1)
+        head, column = _GROUPED[slot.kind]
+        groups = tiles[:, tiles.shape[1] % (head + slot.group * column) :].reshape(len(tiles), slot.in_ // slot.group, -1)
         heads = np.ascontiguousarray(groups[:, :, :head]).view(np.float16).reshape(*groups.shape[:2], -1, _TILE)
         numbers = heads.transpose(2, 0, 3, 1).reshape(head // 64, len(tiles) * _TILE, -1)
         if slot.kind == "INT8":
@@ -242,10 +243,10 @@ def _said(base: TensorSource) -> dict[str, Any]:
     if not isinstance(text, str):
         fail(base.path, [f"no '{KEY}' in the metadata of {IMAGE_FILE}"], _REMEDY)
     said = parse_json(text.encode("utf-8", "replace"), base.path, f"'{KEY}' of the metadata", max_values=1 << 20)
-    if not isinstance(said, dict) or said.get("version") != PACKED_VERSION or not isinstance(said.get("slots"), list):
+    if not isinstance(said, dict) or said.get("version") not in (1, 2) or not isinstance(said.get("slots"), list):
         version = shown(said.get("version") if isinstance(said, dict) else said)
         fail(
-            base.path, [f"packed weights of version {version}; this version of Hanlin reads {PACKED_VERSION}"], _REMEDY
+            base.path, [f"packed weights of version {version}; this version of Hanlin reads up to {PACKED_VERSION}"], _REMEDY
         )
     return said
 

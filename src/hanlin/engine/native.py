@@ -111,11 +111,10 @@ class NativeRunner:
         return Output(result.logits, result.hidden[scored:] if states else _NO_STATES)
 
     def _place(self, rows: int) -> NDArray[np.float32]:
+        if rows > _KEPT_ROWS:
+            return np.empty((rows, self.vocab_size), np.float32)
         if len(self._logits) < rows:
-            fresh = np.empty((rows, self.vocab_size), np.float32)
-            if rows > _KEPT_ROWS:
-                return fresh
-            self._logits = fresh
+            self._logits = np.empty((rows, self.vocab_size), np.float32)
         return self._logits[:rows]
 
     def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hanlin.engine.engine import Engine
 from hanlin.engine.sequence import Sequence
@@ -17,11 +17,13 @@ class EngineThread:
     """Owns an engine and steps it while there is work.
 
     When a step fails, every request gets the error, later ones are refused with it, and `failure` tells why.
+    `after_step` holds what is to be called behind each step, when sinks have heard of everything that came of it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failure: BaseException | None = None
+        self.after_step: list[Callable[[], None]] = []
         self._inbox: deque[tuple[Sequence, bool]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -64,11 +66,17 @@ class EngineThread:
         try:
             while self._take():
                 self.engine.step()
+                self._tell()
         except BaseException as error:  # the thread must not die silently, whatever it was
             self._stop(error)
         else:
             self._stop(EngineError("the model was closed while the request was running"))
+        self._tell()
         self.engine.runner.close()
+
+    def _tell(self) -> None:
+        for listener in list(self.after_step):
+            listener()
 
     def _take(self) -> bool:
         """Move the inbox into the engine; wait while there is nothing to do; False when closing."""
