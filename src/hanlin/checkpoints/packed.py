@@ -195,7 +195,8 @@ class PackedSource:
             codes = quads.transpose(0, 2, 1, 3).reshape(len(tiles) * _TILE, -1)[:, : slot.in_]
             return np.ascontiguousarray(codes[at]), scales[at], np.empty((len(at), 0), np.float16)
         head, column = _GROUPED[slot.kind]
-        groups = tiles[:, tiles.shape[1] % (head + slot.group * column) :].reshape(len(tiles), slot.in_ // slot.group, -1)
+        units = tiles.shape[1] % (head + slot.group * column)
+        groups = tiles[:, units:].reshape(len(tiles), slot.in_ // slot.group, -1)
         heads = np.ascontiguousarray(groups[:, :, :head]).view(np.float16).reshape(*groups.shape[:2], -1, _TILE)
         numbers = heads.transpose(2, 0, 3, 1).reshape(head // 64, len(tiles) * _TILE, -1)
         if slot.kind == "INT8":
@@ -245,9 +246,8 @@ def _said(base: TensorSource) -> dict[str, Any]:
     said = parse_json(text.encode("utf-8", "replace"), base.path, f"'{KEY}' of the metadata", max_values=1 << 20)
     if not isinstance(said, dict) or said.get("version") not in (1, 2) or not isinstance(said.get("slots"), list):
         version = shown(said.get("version") if isinstance(said, dict) else said)
-        fail(
-            base.path, [f"packed weights of version {version}; this version of Hanlin reads up to {PACKED_VERSION}"], _REMEDY
-        )
+        why = f"packed weights of version {version}; this version of Hanlin reads up to {PACKED_VERSION}"
+        fail(base.path, [why], _REMEDY)
     return said
 
 
