@@ -256,7 +256,7 @@ def engine(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: R
         block_size=size,
         max_context=context,
         max_sequences=settings.places,
-        max_step_tokens=settings.max_prefill_token_num,
+        max_step_tokens=settings.step_tokens(loaded.config.hidden_size),
         prefix_caching=settings.enable_prefix_caching,
         step_seconds=settings.step_seconds,
     )
@@ -278,7 +278,7 @@ def _runner(loaded: Loaded, settings: EngineConfig, placement: Placement, rope: 
         blocks=blocks,
         block_size=size,
         kv_cache=placement.kv_cache,
-        max_tokens=max(settings.max_prefill_token_num, context if layout_of(loaded.config) else 0),
+        max_tokens=max(settings.step_tokens(loaded.config.hidden_size), context if layout_of(loaded.config) else 0),
     )
 
 
@@ -298,7 +298,10 @@ def _drafter(loaded: Loaded, settings: EngineConfig, limits: EngineLimits) -> Dr
         )
     runner = _runner(small, settings, placement, small.config.rope, limits.blocks)
     return ModelDrafter(
-        runner, blocks=limits.blocks, block_size=limits.block_size, max_tokens=settings.max_prefill_token_num
+        runner,
+        blocks=limits.blocks,
+        block_size=limits.block_size,
+        max_tokens=settings.step_tokens(small.config.hidden_size),
     )
 
 
