@@ -75,7 +75,7 @@ class RowQuantisedSource:
         if not self._is_packed(name):
             return self._base.raw(name)
         rows = self.infos[name].shape[0]
-        numbers = self._base.raw(name).reshape(rows, -1)
+        numbers = self._base.raw(name).reshape(rows, self._base.infos[name].nbytes // max(1, rows))
         scale = self._base.load(f"{name}{_SCALE}").half().numpy().view(np.uint8).reshape(rows, 2)
         return np.concatenate((numbers, scale), 1).reshape(-1)
 
