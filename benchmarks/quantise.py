@@ -6,8 +6,8 @@ DATA is a folder with `wikitext2_raw` and `zh_text`. Calibrated is on WikiText-2
 dev text, measured on the test texts of both, by loading each result with weights="bfloat16". What was measured is kept
 in WORK, and the page is written from all that is kept.
 
-The real weights at hand, SmolLM2's, were in 4 bits and groups of 32 before (Q4_1), and rounding to that grid finds it
-again. So everything is done on the same model with its channels shuffled: the same function, of numbers on no grid.
+The real weights at hand, SmolLM2's, were in 4 bits and groups of 32 before (Q4_1). So most is done on the same model
+with its channels shuffled: the same function, of numbers on no grid; the last kinds are of the file as it is.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def write(kept: dict[str, Any], counts: tuple[int, int]) -> None:
         f"perplexity of {counts[1]} windows of each test text. Changes, with standard errors, are against "
         "bfloat16. The sizes are of whole files, of which the embedding in float16 is more than half.",
         report.table(["kind", "English", "change", "Chinese", "change", "MiB"], rows),
-        "The channels are shuffled, but for the last rows: the original file is on a grid of 4 bits in groups of 32, "
-        "which rounding finds again without loss.",
+        "The channels are shuffled, but for the last rows: the original file is on a grid of 4 bits in groups of 32 with any "
+        "minimum. Formats with whole zero points cannot hold that grid, so rounding to it again costs as much as any rounding.",
     )
 
 
