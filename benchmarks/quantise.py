@@ -94,8 +94,9 @@ def write(kept: dict[str, Any], counts: tuple[int, int]) -> None:
         f"perplexity of {counts[1]} windows of each test text. Changes, with standard errors, are against "
         "bfloat16. The sizes are of whole files, of which the embedding in float16 is more than half.",
         report.table(["kind", "English", "change", "Chinese", "change", "MiB"], rows),
-        "The channels are shuffled, but for the last rows: the original file is on a grid of 4 bits in groups of 32 with any "
-        "minimum. Formats with whole zero points cannot hold that grid, so rounding to it again costs as much as any rounding.",
+        "The channels are shuffled, but for the last rows: the original file is on a grid of 4 bits in groups of 32 "
+        "with any minimum. Formats with whole zero points cannot hold that grid, so rounding to it again costs as much "
+        "as any rounding.",
     )
 
 
