@@ -268,6 +268,8 @@ def memory(settings: Settings, out: Measured) -> None:
 
 def second_start(settings: Settings, out: Measured) -> None:
     contender = seven_billion(settings)
+    with hanlin.load(contender.model, **contender.options):
+        progress("first start", 0)  # whose end waits until the packed weights are written
     reading = min(read_file(Path(contender.model)) for _ in range(2))
     starts, wholes = [], []
     for number in range(settings.repeats + 1):
