@@ -80,8 +80,8 @@ class NativeRunner:
         self.block_bytes = self._pool.block_bytes * config.num_layers
         self._soft = [(k.float().contiguous(), v.float().contiguous()) for k, v in soft_prefix(lowering.parts)]
         self.soft_len = len(self._soft[0][0]) if self._soft else 0
-        self._logits = np.zeros((0, config.vocab_size), np.float32)
         self.program = _program(lowering, config, context, self._pool, rope)
+        self._logits = np.zeros((0, self.program.vocabulary), np.float32)
         self.program.build(max_tokens)
 
     def run(self, batch: Batch) -> Output:
@@ -112,9 +112,9 @@ class NativeRunner:
 
     def _place(self, rows: int) -> NDArray[np.float32]:
         if rows > _KEPT_ROWS:
-            return np.empty((rows, self.vocab_size), np.float32)
+            return np.empty((rows, self.program.vocabulary), np.float32)
         if len(self._logits) < rows:
-            self._logits = np.empty((rows, self.vocab_size), np.float32)
+            self._logits = np.empty((rows, self.program.vocabulary), np.float32)
         return self._logits[:rows]
 
     def adapt(self, additions: Mapping[str, LowRank]) -> Adapter:
