@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hanlin.checkpoints.base import DTYPES, TensorInfo
 from hanlin.checkpoints.internevo import InternEvoSource
-from hanlin.checkpoints.packed import KEY, PackedSource, padded_bytes
+from hanlin.checkpoints.packed import KEY, PACKED_VERSION, PackedSource, padded_bytes
 from hanlin.errors import CheckpointError
 
 RUNS = min(int(os.environ.get("HANLIN_FUZZ_RUNS", "2000")), 50_000)
@@ -120,7 +120,14 @@ def packed(rng: random.Random, path: Path) -> Memory:
         tensors[f"a{number}.rows"] = torch.randperm(40).int()
     slots[0]["biases"] = ["a0.bias"]
     tensors["packed.0.bias"] = torch.zeros(192, dtype=torch.uint8)
-    said: dict[str, Any] = {"version": 1, "slots": slots, "offset": 0, "size": 4096, "sums": "00", "layout": "00"}
+    said: dict[str, Any] = {
+        "version": PACKED_VERSION,
+        "slots": slots,
+        "offset": 0,
+        "size": 4096,
+        "sums": "00",
+        "layout": "00",
+    }
     for _ in range(rng.choice((0, 1, 1, 2))):
         where = rng.randrange(4)
         if where == 0:
