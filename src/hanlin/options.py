@@ -28,8 +28,8 @@ class EngineConfig:
         device: auto, cpu, cuda, mps, or cuda:1.
         session_len: tokens of one conversation at most; None is what the model was made for.
         max_batch_size: sequences computed together at most.
-        max_prefill_token_num: tokens of one step at most; longer prompts are cut into chunks. None is 2,048, and fewer for
-            wide models, whose rows would take too much memory.
+        max_prefill_token_num: tokens of one step at most; longer prompts are cut into chunks. None is 2,048, and fewer
+            for wide models, whose rows would take too much memory.
         weights: how a CPU keeps them: auto (blocks of a GGUF file as they are, else `dtype`), float32, bfloat16, int8,
             int4. The integer kinds have groups of 32; the head and the embedding keep 8 bits.
         kv_cache: auto (as `dtype`), float32, bfloat16, int8 or int4; on a CPU.
@@ -142,7 +142,7 @@ class EngineConfig:
         return self.max_batch_size or 64
 
     def step_tokens(self, hidden_size: int) -> int:
-        """Tokens in one step at most, of a model of this width: what their rows take is then a thirtieth of its weights."""
+        """Tokens in one step at most, of a model of this width: their rows take a thirtieth of what its weights do."""
         return self.max_prefill_token_num or max(256, min(2048, (3 << 20) // hidden_size))
 
     def override(self, **options: Any) -> EngineConfig:
