@@ -26,6 +26,22 @@ async def soon(admission: Admission, key: Key, sequences: int = 1, tokens: int =
     return task
 
 
+def test_who_has_just_given_up_is_passed_over() -> None:
+    """Cancelled, but not run since: a place must not go to such a one, nor the error to who makes room."""
+
+    async def scenario() -> None:
+        admission = room(places=1)
+        first, second, third = [await soon(admission, key) for key in (A, A, B)]
+        second.cancel()
+        admission.leave(first.result())
+        admission.leave(await third)
+        await asyncio.gather(second, return_exceptions=True)
+        assert (admission.running, admission.waiting) == (0, 0)
+        await admission.enter(A, sequences=1, tokens=100)
+
+    asyncio.run(scenario())
+
+
 def test_the_room_is_bounded_by_requests_and_by_tokens() -> None:
     async def scenario() -> None:
         admission = room()

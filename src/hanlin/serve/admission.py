@@ -92,6 +92,8 @@ class Admission:
             if line:
                 self._waiting[name] = line  # at the end
             self._tokens_waiting -= ticket.tokens
+            if ticket.let_in.cancelled():  # it has given up, and has not run since
+                continue
             self.running += ticket.sequences
             self._by_key[name] += ticket.sequences
             ticket.entered = asyncio.get_running_loop().time()
