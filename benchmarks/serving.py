@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
+import selectors
 import socket
 import statistics
 import subprocess
@@ -21,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import httpx
 
 TOKENS = 64
+_GLANCE_SECONDS = 0.004
 WORDS = "time year people way day man thing woman life child world school state family student group country".split()
 
 
@@ -38,7 +40,7 @@ def prompts(count: int, words: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
 
 
-@contextmanager
+@contextlib.contextmanager
 def server(command: list[str], url: str, *, health: str = "/health", **env: str) -> Iterator[str]:
     """A server in a process of its own, ready."""
     with tempfile.TemporaryFile() as log:
@@ -130,8 +132,20 @@ async def _drive(
     return time.perf_counter() - began, time.process_time() - cpu
 
 
+class _Unhurried(selectors.DefaultSelector):
+    """Looks at most so often: clients that wake for every piece take from a server on the same two cores."""
+
+    def select(self, timeout: float | None = None) -> Any:
+        found = super().select(timeout)
+        if found and timeout != 0:
+            time.sleep(_GLANCE_SECONDS)
+            found = super().select(0)
+        return found
+
+
 def _in_process(arguments: tuple[Any, ...]) -> tuple[float, float]:
-    return asyncio.run(_drive(*arguments))
+    with contextlib.closing(asyncio.SelectorEventLoop(_Unhurried())) as loop:
+        return loop.run_until_complete(_drive(*arguments))
 
 
 def drive(

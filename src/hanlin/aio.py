@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from hanlin.vision import opened
 __all__ = ["AsyncLLM", "Running"]
 
 Numbered = tuple[int, Delta]
+Heard = Callable[[list[Numbered]], None]
 
 
 class AsyncLLM(AsyncJudging):
@@ -111,20 +112,23 @@ class AsyncLLM(AsyncJudging):
         """See `LLM.unload_adapter`, which never waits."""
         self.llm.unload_adapter(name)
 
-    def start(self, jobs: Iterable[Job], *, stream: bool) -> Running:
+    def start(self, jobs: Iterable[Job], *, stream: bool, heard: Heard | None = None) -> Running:
         """Hand jobs to the engine; to be called in the event loop that will read the answers.
+
+        Args:
+            heard: is given what comes before the reader is.
 
         Raises:
             RequestError, EngineError: as `EngineThread.submit`; nothing was started then.
         """
         loop = asyncio.get_running_loop()
         if self._post is None or self._post.loop is not loop:
-            listeners = self.llm.thread.after_step
+            listeners = self.llm.thread.listeners
             if self._post is not None:
                 listeners.remove(self._post.send)
             self._post = _Post(loop)
             listeners.append(self._post.send)
-        running = Running(self.llm, self._post)
+        running = Running(self.llm, self._post, heard)
         running.submit(list(jobs), stream=stream)
         return running
 
@@ -132,8 +136,8 @@ class AsyncLLM(AsyncJudging):
 class Running:
     """Jobs in the engine: an async iterator over lists of (job's number, delta), all that came since the last."""
 
-    def __init__(self, llm: LLM, post: _Post) -> None:
-        self._llm, self._post = llm, post
+    def __init__(self, llm: LLM, post: _Post, heard: Heard | None = None) -> None:
+        self._llm, self._post, self._heard = llm, post, heard
         self._sequences: list[Sequence] = []
         self._left = 0
         self._came: list[tuple[int, Delta | BaseException]] = []
@@ -166,6 +170,8 @@ class Running:
             self.close()
             raise
         self._left -= sum(delta.done is not None for _, delta in deltas)
+        if self._heard is not None:
+            self._heard(deltas)
         return deltas
 
     async def completions(self) -> list[Completion]:
@@ -187,8 +193,8 @@ class Running:
 
 
 class _Post:
-    """Carries results from the engine's thread to an event loop, waking it once for all that a step gives, behind it:
-    earlier, the two threads would take Python's lock from each other for every token.
+    """Carries results from the engine's thread to an event loop, waking it once for all that a step gives: else
+    the two threads would take Python's lock from each other for every token.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

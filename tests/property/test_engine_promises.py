@@ -151,6 +151,18 @@ def test_engine_equals_recomputation(tiny: Any, kind: str) -> None:
         assert sequence.generated == recomputed(tiny(kind), list(sequence.prompt), 12)
 
 
+def test_a_step_says_when_it_computes(tiny: Any) -> None:
+    engine, order = engine_of(tiny("llama")), list[str]()
+    compute = engine.runner.run
+    engine.runner.run = lambda batch: (order.append("run"), compute(batch))[1]  # type: ignore[method-assign]
+    engine.step(lambda: order.append("said"))
+    assert order == ["said"]  # also where there is nothing to compute: somebody waits for what was aborted
+    engine.add(request([1, 2, 3], SamplingParams(temperature=0, max_tokens=2), tiny("llama")))
+    while not engine.idle:
+        engine.step(lambda: order.append("said"))
+    assert order == ["said", *["said", "run"] * 2]
+
+
 SAMPLINGS = st.sampled_from(
     [
         SamplingParams(temperature=0, max_tokens=6, logprobs=2),

@@ -22,8 +22,9 @@ from hanlin.serve.routes.openai_common import Head
 from hanlin.serve.routes.openai_completions import CompletionChunks, Opening, completion_answer
 from hanlin.serve.schemas.chat import ChatBody
 from hanlin.serve.schemas.completions import CompletionBody
+from hanlin.serve.stream import event
 from hanlin.tokenizers import load_tokenizer
-from hanlin.types import Completion, Delta, ReplyParser, SamplingParams, Tool
+from hanlin.types import Completion, Delta, ReplyParser, SamplingParams, TokenLogprob, Tool
 from hf_directory import TOKENIZER, make_directory
 
 TOOLS = (Tool(name="look"), Tool(name="interpreter", kind="interpreter"))
@@ -160,6 +161,31 @@ def test_chat(
         assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
         tokens = [token for c in mine if c["logprobs"] for token in c["logprobs"]["content"]]
         assert tokens == ((choice["logprobs"] or {}).get("content") or [])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    texts=st.lists(st.text() | st.sampled_from(["", '"', "\\", "\ud800", '"content":""'])),
+    model=st.text() | st.just('"delta":{"content":""}'),
+    logprobs=st.sampled_from([None, 1]),
+    options=st.sampled_from([None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}]),
+    ids=st.booleans(),
+)
+def test_a_chunk_has_the_bytes_that_writing_it_as_json_gives(
+    texts: list[str], model: str, logprobs: int | None, options: Any, ids: bool
+) -> None:
+    body = ChatBody(
+        messages=[{"role": "user", "content": "x"}], stream=True, stream_options=options, return_token_ids=ids
+    )
+    head = Head(id="chatcmpl-a", model=model, fingerprint="f")
+    jobs = [Job(ids=PROMPT, sampling=SamplingParams(logprobs=logprobs, n=2))]
+    given_batches = []
+    for place, text in enumerate(texts):
+        shown = () if logprobs is None else (TokenLogprob(id=place, text=text, logprob=-1.0),)
+        given_batches.append([(0, Delta(text=text, ids=(place,), logprobs=shown, index=place % 2))])
+    plain = ChatChunks.of(head, body, jobs)
+    expected = b"".join(event(chunk) for [(_, delta)] in given_batches for chunk in plain.chunks(delta))
+    assert asyncio.run(_sent(ChatChunks.of(head, body, jobs), given_batches)).startswith(expected)
 
 
 @settings(deadline=None, max_examples=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,8 +118,12 @@ class Engine:
         if sequence.finish_reason is None:
             self._finish(sequence, "abort")
 
-    def step(self) -> None:
-        """Schedule, run, sample once, and tell the sinks."""
+    def step(self, computing: Callable[[], None] = lambda: None) -> None:
+        """Schedule, run, sample once, and tell the sinks.
+
+        Args:
+            computing: is called just before the run; where there is nothing to run, too.
+        """
         if self.drafter:
             decoding = [s for s in self.scheduler.running if s.remaining == 1 and s.generates]
             for sequence in decoding:
@@ -130,11 +135,13 @@ class Engine:
                     sequence.draft = forced
         scheduled = self.scheduler.schedule(self._pace.tokens_in(self.limits.step_seconds))
         if not scheduled:
+            computing()
             return
         now = time.perf_counter()
         for sequence, _ in scheduled:
             sequence.started = sequence.started or now
         batch = Batch.build(scheduled, self.limits.block_size)
+        computing()
         output = self.runner.run(batch)
         self._pace.note(len(batch.ids), len(scheduled), time.perf_counter() - now)
         self.steps += 1

@@ -17,13 +17,15 @@ class EngineThread:
     """Owns an engine and steps it while there is work.
 
     When a step fails, every request gets the error, later ones are refused with it, and `failure` tells why.
-    `after_step` holds what is to be called behind each step, when sinks have heard of everything that came of it.
+    `listeners` are called for what each step gave, when sinks have heard of it all, and at a moment when this thread is
+    about to need Python no more: as the next step begins to be computed, or when nothing is left to do. Earlier, those
+    whom they wake would take Python's lock from the step that is made ready.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failure: BaseException | None = None
-        self.after_step: list[Callable[[], None]] = []
+        self.listeners: list[Callable[[], None]] = []
         self._inbox: deque[tuple[Sequence, bool]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -65,8 +67,9 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._take():
-                self.engine.step()
-                self._tell()
+                self.engine.step(self._tell)
+                if self.engine.idle:
+                    self._tell()
         except BaseException as error:  # the thread must not die silently, whatever it was
             self._stop(error)
         else:
@@ -75,7 +78,7 @@ class EngineThread:
         self.engine.runner.close()
 
     def _tell(self) -> None:
-        for listener in list(self.after_step):
+        for listener in list(self.listeners):
             listener()
 
     def _take(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -22,7 +22,7 @@ from hanlin.serve.keys import Key
 from hanlin.serve.models import Lease
 from hanlin.serve.observe import Observer, Outcome
 from hanlin.serve.settings import Limits
-from hanlin.types import Completion, Delta
+from hanlin.types import Completion
 
 __all__ = ["Call", "disconnected"]
 
@@ -96,7 +96,7 @@ class Call:
             jobs = await self._tokenised(lambda: list(make(self.llm)))
         return [self._checked(job, len(jobs)) for job in jobs]
 
-    async def start(self, jobs: list[Job], *, stream: bool) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+    async def start(self, jobs: list[Job], *, stream: bool) -> Running:
         """Wait for a place and hand the jobs over; returns the iterator over (job's number, delta).
 
         Raises:
@@ -106,8 +106,8 @@ class Call:
         tokens = sum(len(job.ids) + job.sampling.n * (job.sampling.max_tokens or 0) for job in jobs)
         await self._enter(sequences, tokens)
         self._outcome = self.observer.began(self, jobs)
-        self._running = self.lease.engine.start(jobs, stream=stream)
-        return self._watched(self._running)
+        self._running = self.lease.engine.start(jobs, stream=stream, heard=self._outcome.note)
+        return self._running
 
     async def complete(self, jobs: list[Job]) -> list[Completion]:
         """Run jobs to their ends; all completions, in the order of the jobs and of their n replies.
@@ -246,13 +246,6 @@ class Call:
         if self._detached:
             await asyncio.get_running_loop().create_future()
         await disconnected(self.request)
-
-    async def _watched(self, running: Running) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        outcome = self._outcome
-        assert outcome is not None
-        async for deltas in running:
-            outcome.note(deltas)
-            yield deltas
 
     def _checked(self, job: Job, count: int) -> Job:
         sampling, limits, room = job.sampling, self.limits, self.llm.context_length - len(job.ids)

@@ -21,6 +21,7 @@ from hanlin.serve.app import create_app
 from hanlin.serve.models import Progress
 from hanlin.serve.service import Service
 from hanlin.serve.settings import ServeConfig
+from hanlin.serve.wire import Wire
 
 __all__ = ["serve"]
 
@@ -109,7 +110,7 @@ def serve(
     protocol = type("_Timed", (_Protocol,), {"header_seconds": limits.read_seconds or 1e9})
     server = _Server(
         uvicorn.Config(
-            app,
+            Wire(app),
             http=protocol,
             ws="none",
             loop="asyncio",

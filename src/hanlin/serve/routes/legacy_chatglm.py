@@ -7,7 +7,6 @@ that set it was not at hand).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from datetime import datetime
 from typing import Any
@@ -101,9 +100,8 @@ async def _run(call: Call, jobs: Any, kept: Conversation) -> None:
         try:
             deltas = await call.start(jobs, stream=True)
             kept.handled = True
-            async with contextlib.aclosing(deltas):
-                async for batch in deltas:
-                    kept.text += "".join(delta.text for _, delta in batch)
+            async for batch in deltas:
+                kept.text += "".join(delta.text for _, delta in batch)
         except Exception as error:
             kept.error = describe(error)
         finally:

@@ -25,7 +25,7 @@ from hanlin.serve.routes.openai_common import (
 )
 from hanlin.serve.schemas.chat import ChatBody
 from hanlin.serve.service import service_of
-from hanlin.serve.stream import DONE, EventStream, event
+from hanlin.serve.stream import DONE, EventStream, event, json_bytes
 from hanlin.types import Completion, Delta, Message, ToolCall, Usage
 
 __all__ = ["ChatChunks", "chat_answer", "router"]
@@ -142,6 +142,7 @@ class ChatChunks:
     prompt_ids: tuple[int, ...]
     usages: dict[int, Usage] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)
+    _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     _tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -156,12 +157,18 @@ class ChatChunks:
 
     async def pieces(self, deltas: AsyncIterator[list[tuple[int, Delta]]]) -> AsyncIterator[bytes]:
         async for batch in deltas:
-            data = b"".join(event(chunk) for _, delta in batch for chunk in self.chunks(delta))
-            if data:
+            if data := b"".join([self._events(delta) for _, delta in batch]):
                 yield data
         if self._usage:
             yield event({**self._chunk, "choices": [], "usage": total_usage(self.usages.items())})
         yield DONE
+
+    def _events(self, delta: Delta) -> bytes:
+        """Its chunks as events. Most deltas are some text and no more: around that, chunks are always the same."""
+        frame = self._frames.get(delta.index)
+        if frame is None or delta.done is not None or delta.tool_calls or delta.logprobs:
+            return b"".join(map(event, self.chunks(delta)))
+        return frame[0] + json_bytes(delta.text) + frame[1] if delta.text else b""
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         """The chunks that a delta is worth."""
@@ -173,6 +180,9 @@ class ChatChunks:
             if self.body.return_token_ids and index == 0:
                 first["prompt_token_ids"] = list(self.prompt_ids)
             out.append(first)
+            if not (self._always or self.body.return_token_ids):
+                before, text, after = event(self._of(index, {"content": ""})).partition(b'"content":""')
+                self._frames[index] = before + text[:-2], after  # within a string, the marks would be escaped
         if delta.text or delta.logprobs or (delta.ids and self.body.return_token_ids):
             chunk = self._of(index, {"content": delta.text})
             if delta.logprobs:
