@@ -92,7 +92,7 @@ def test_one_request_may_bring_more_than_there_are_places() -> None:
     asyncio.run(scenario())
 
 
-@given(st.lists(st.tuples(st.sampled_from("enter leave cancel".split()), st.integers(0, 3)), max_size=60))
+@given(st.lists(st.tuples(st.sampled_from("enter now leave cancel".split()), st.integers(0, 3)), max_size=60))
 def test_nothing_is_lost_and_nobody_waits_beside_a_free_place(moves: list[tuple[str, int]]) -> None:
     async def scenario() -> None:
         admission = room(places=3, requests=5, tokens=10**6)
@@ -100,6 +100,13 @@ def test_nothing_is_lost_and_nobody_waits_beside_a_free_place(moves: list[tuple[
         for move, which in moves:
             if move == "enter":
                 tasks.append(await soon(admission, Key(name=str(which)), sequences=1 + which % 2))
+            elif move == "now":
+                free = admission.running < 3 and not admission.waiting
+                ticket = admission.enter_now(Key(name=str(which)), sequences=1 + which % 2, tokens=1)
+                assert (ticket is not None) == free
+                if ticket is not None:
+                    tasks.append(asyncio.get_running_loop().create_future())
+                    tasks[-1].set_result(ticket)
             elif tasks:
                 task = tasks.pop(which % len(tasks))
                 if not task.done():

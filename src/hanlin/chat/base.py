@@ -124,6 +124,9 @@ class Writer:
 
     def _weigh(self, ids: Sequence[int], run: Sequence[tuple[str, float]]) -> list[float]:
         """Each token's weight: that of the text in which its first character lies."""
+        first = run[0][1]
+        if all(weight == first for _, weight in run):  # no prompt to be answered has others
+            return [first] * len(ids)
         detokenizer = self._tokenizer.detokenizer(skip_special=False)
         weights: list[float] = []
         index, end, position = 0, len(run[0][0]), 0

@@ -51,6 +51,14 @@ class Admission:
     def waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
 
+    def enter_now(self, key: Key, *, sequences: int, tokens: int) -> Ticket | None:
+        """A place, if one is free and nobody waits."""
+        if self._waiting or self.running >= self.places:
+            return None
+        ticket = Ticket(key=key, sequences=sequences, tokens=tokens, let_in=asyncio.get_running_loop().create_future())
+        self._seat(ticket)
+        return ticket
+
     async def enter(self, key: Key, *, sequences: int, tokens: int) -> Ticket:
         """Wait for a place.
 
@@ -94,10 +102,13 @@ class Admission:
             self._tokens_waiting -= ticket.tokens
             if ticket.let_in.cancelled():  # it has given up, and has not run since
                 continue
-            self.running += ticket.sequences
-            self._by_key[name] += ticket.sequences
-            ticket.entered = asyncio.get_running_loop().time()
-            ticket.let_in.set_result(None)
+            self._seat(ticket)
+
+    def _seat(self, ticket: Ticket) -> None:
+        self.running += ticket.sequences
+        self._by_key[ticket.key.name] += ticket.sequences
+        ticket.entered = asyncio.get_running_loop().time()
+        ticket.let_in.set_result(None)
 
     def _give_up(self, ticket: Ticket) -> None:
         line = self._waiting.get(ticket.key.name)

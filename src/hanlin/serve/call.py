@@ -234,8 +234,11 @@ class Call:
     async def _enter(self, sequences: int, tokens: int) -> None:
         """Wait for a place, giving back one that this request had for something else."""
         self._leave()
-        entering = self.lease.admission.enter(self.key, sequences=sequences, tokens=tokens)
-        self._ticket = await self.while_connected(entering)
+        admission = self.lease.admission
+        self._ticket = admission.enter_now(self.key, sequences=sequences, tokens=tokens)
+        if self._ticket is None:
+            entering = admission.enter(self.key, sequences=sequences, tokens=tokens)
+            self._ticket = await self.while_connected(entering)
 
     def _leave(self) -> None:
         if self._ticket is not None:

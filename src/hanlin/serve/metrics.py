@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ class Metrics:
     def __init__(self, models: Models) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engines(models))
+        # To look a metric up by its labels costs more than to count.
+        self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"hanlin:{name}", text, ("model_name", *labels), registry=self._registry)
@@ -51,25 +54,26 @@ class Metrics:
 
     def ended(self, model: str, outcome: Outcome, *, arrived: float, ended: float, failed: bool) -> None:
         """A request is over. Times by `time.perf_counter`."""
-        self._whole.labels(model).observe(ended - arrived)
+        child = self._child
+        child(self._whole, model).observe(ended - arrived)
         if outcome.first is not None:
-            self._first.labels(model).observe(outcome.first - arrived)
+            child(self._first, model).observe(outcome.first - arrived)
         if failed:
-            self._failed.labels(model).inc()
+            child(self._failed, model).inc()
         for done in outcome.completions:
             usage, times = done.usage, done.timings
-            self._success.labels(model, done.finish_reason).inc()
-            self._prompt.labels(model).inc(usage.prompt_tokens)
-            self._generated.labels(model).inc(usage.generated_tokens)
-            self._queries.labels(model).inc(usage.prompt_tokens)
-            self._hits.labels(model).inc(usage.cached_tokens)
-            self._prompt_size.labels(model).observe(usage.prompt_tokens)
-            self._reply_size.labels(model).observe(usage.generated_tokens)
-            self._queue.labels(model).observe(times.queue + max(0.0, outcome.started - arrived))
-            self._prefill.labels(model).observe(times.prompt)
-            self._decode.labels(model).observe(times.generation)
+            child(self._success, model, done.finish_reason).inc()
+            child(self._prompt, model).inc(usage.prompt_tokens)
+            child(self._generated, model).inc(usage.generated_tokens)
+            child(self._queries, model).inc(usage.prompt_tokens)
+            child(self._hits, model).inc(usage.cached_tokens)
+            child(self._prompt_size, model).observe(usage.prompt_tokens)
+            child(self._reply_size, model).observe(usage.generated_tokens)
+            child(self._queue, model).observe(times.queue + max(0.0, outcome.started - arrived))
+            child(self._prefill, model).observe(times.prompt)
+            child(self._decode, model).observe(times.generation)
             if usage.generated_tokens > 1:
-                self._between.labels(model).observe(times.generation / (usage.generated_tokens - 1))
+                child(self._between, model).observe(times.generation / (usage.generated_tokens - 1))
 
     def looked(self, model: str, tokens: int) -> None:
         """Prompts were scored or pooled."""
