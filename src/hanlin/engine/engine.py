@@ -23,6 +23,7 @@ __all__ = ["Engine", "EngineLimits"]
 
 _FORCED = 16  # tokens that a guide leaves no choice about, checked in one step
 _TELLING = 32  # tokens; the time of shorter steps is that of reading the weights
+_UNHURRIED = 8  # times as long may a step be that keeps nobody's answer waiting: larger steps are faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class EngineLimits:
         max_sequences: sequences in one step at most.
         max_step_tokens: tokens in one step at most (a bidirectional prefix may exceed it).
         prefix_caching: keep computed blocks for texts that start alike.
-        step_seconds: how long prompts may make a step last; 0 does not look.
+        step_seconds: how long prompts may make a step last while others decode, and eight times as long while nobody
+            does; 0 does not look.
     """
 
     blocks: int
@@ -133,7 +135,8 @@ class Engine:
                 forced = sequence.guide.forced()[:_FORCED] if sequence.guide else []
                 if len(forced) > len(sequence.draft):
                     sequence.draft = forced
-        scheduled = self.scheduler.schedule(self._pace.tokens_in(self.limits.step_seconds))
+        seconds = self.limits.step_seconds * (1 if self.scheduler.decoding else _UNHURRIED)
+        scheduled = self.scheduler.schedule(self._pace.tokens_in(seconds))
         if not scheduled:
             computing()
             return

@@ -38,6 +38,11 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
+    @property
+    def decoding(self) -> int:
+        """Running sequences whose prompts are computed."""
+        return sum(s.remaining == 1 for s in self.running)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
@@ -57,7 +62,7 @@ class Scheduler:
         """
         chosen: Scheduled = []
         budget = self.max_step_tokens
-        decoding = sum(s.remaining == 1 for s in self.running)
+        decoding = self.decoding
         if prompt_tokens is not None:
             budget = min(budget, decoding + max(1, prompt_tokens))
         shares = self._shares(max(0, budget - decoding), max(0, self.max_step_tokens - decoding))

@@ -41,38 +41,58 @@ HL_INLINE void fetch_ahead(const Panel& x, const uint8_t* tile, const uint8_t* a
 
 // ---- a panel's results, written -------------------------------------------------------------------------------------
 
-void write_panel(float (*results)[HL_TILE], int64_t rows, int64_t row0, int64_t tile, int64_t outs, const Epilogue& out) {
+// Where results of one tile go.
+struct Target {
+  const Epilogue& out;
+  int64_t tile;
+  int low, high;  // of the tile's 32 outputs, how many of each half there are
+  F bias[2];
+};
+
+HL_INLINE Target target_of(const Epilogue& out, int64_t tile, int64_t outs) {
   const int64_t first_out = tile * HL_TILE;
   const int n = static_cast<int>(outs - first_out < HL_TILE ? outs - first_out : HL_TILE);
-  const int low = n < 16 ? n : 16, high = n - low;
-  F bias[2] = {zero(), zero()};
+  Target to = {out, tile, n < 16 ? n : 16, n < 16 ? 0 : n - 16, {zero(), zero()}};
   if (out.bias != nullptr) {
-    bias[0] = load(out.bias + first_out, low);
-    if (high > 0) bias[1] = load(out.bias + first_out + 16, high);
+    to.bias[0] = load(out.bias + first_out, to.low);
+    if (to.high > 0) to.bias[1] = load(out.bias + first_out + 16, to.high);
   }
-  for (int64_t r = 0; r < rows; r++) {
-    if (out.extra.of != nullptr) add_low_rank(out.extra, row0 + r, tile, results[r]);
-    F y[2] = {load(results[r]), load(results[r] + 16)};
-    if (out.bias != nullptr)
-      for (int h = 0; h < 2; h++) y[h] = add(y[h], bias[h]);
-    float* to = out.y + (row0 + r) * out.ldy;
-    if (out.flags & HL_SILU_MUL) {
-      to += tile * (HL_TILE / 2);
-      F z = mul(silu(y[0]), y[1]);
-      if (out.flags & HL_ADD) z = add(load(to), z);
-      store(to, z);
-      continue;
-    }
-    to += first_out;
-    if (out.flags & HL_GELU)
-      for (int h = 0; h < 2; h++) y[h] = gelu(y[h]);
-    if (out.flags & HL_ADD) {
-      y[0] = add(load(to, low), y[0]);
-      if (high > 0) y[1] = add(load(to + 16, high), y[1]);
-    }
-    store(to, y[0], low);
-    if (high > 0) store(to + 16, y[1], high);
+  return to;
+}
+
+HL_INLINE void write_row(F first, F second, int64_t row, const Target& target) {
+  const Epilogue& out = target.out;
+  const int low = target.low, high = target.high;
+  F y[2] = {first, second};
+  if (out.extra.of != nullptr) {
+    float sums[HL_TILE];
+    store(sums, first), store(sums + 16, second);
+    add_low_rank(out.extra, row, target.tile, sums);
+    y[0] = load(sums), y[1] = load(sums + 16);
   }
+  if (out.bias != nullptr)
+    for (int h = 0; h < 2; h++) y[h] = add(y[h], target.bias[h]);
+  float* to = out.y + row * out.ldy;
+  if (out.flags & HL_SILU_MUL) {
+    to += target.tile * (HL_TILE / 2);
+    F z = mul(silu(y[0]), y[1]);
+    if (out.flags & HL_ADD) z = add(load(to), z);
+    return store(to, z);
+  }
+  to += target.tile * HL_TILE;
+  if (out.flags & HL_GELU)
+    for (int h = 0; h < 2; h++) y[h] = gelu(y[h]);
+  if (out.flags & HL_ADD) {
+    y[0] = add(load(to, low), y[0]);
+    if (high > 0) y[1] = add(load(to + 16, high), y[1]);
+  }
+  store(to, y[0], low);
+  if (high > 0) store(to + 16, y[1], high);
+}
+
+void write_panel(float (*results)[HL_TILE], int64_t rows, int64_t row0, int64_t tile, int64_t outs, const Epilogue& out) {
+  const Target target = target_of(out, tile, outs);
+  for (int64_t r = 0; r < rows; r++) write_row(load(results[r]), load(results[r] + 16), row0 + r, target);
 }
 
 // ---- integer kinds --------------------------------------------------------------------------------------------------

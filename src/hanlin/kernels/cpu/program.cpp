@@ -235,6 +235,8 @@ class Maker {
       stage.wanted = rows(has_out ? op.out : op.in) == Rows::wanted;
       if (op.code != HL_OP_EMBED) stage.in_width = width(op.in);
       if (has_out) stage.out_width = width(op.out);
+      stage.in_stride = row_stride(stage.in_width);
+      stage.out_stride = row_stride(stage.out_width);
       if (multiplies(op) || (op.code == HL_OP_EMBED && op.weight >= 0))
         stage.weight = &program_.weights[static_cast<size_t>(op.weight)];
       if (has_out) stage.ready = wanted_forms(i);
@@ -272,7 +274,7 @@ class Maker {
     };
     std::vector<int64_t> floats(static_cast<size_t>(from_.n_buffers));
     for (int32_t b = 0; b < from_.n_buffers; b++)
-      floats[static_cast<size_t>(b)] = take(width(b) * 4, program_.max_tokens);
+      floats[static_cast<size_t>(b)] = take(row_stride(width(b)) * 4, program_.max_tokens);
     std::vector<int64_t> prepared(static_cast<size_t>(from_.n_buffers) * acts, -1);
     const auto place = [&](int32_t buffer, const Prepared& form) -> int64_t& {
       return prepared[static_cast<size_t>(buffer) * acts + static_cast<size_t>(form.act)];

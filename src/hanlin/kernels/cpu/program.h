@@ -17,6 +17,10 @@ struct Prepared {
   int64_t stride = 0;
 };
 
+// Rows of floats lie an odd number of 64 bytes apart: with a power of two they would all be wanted in the same places of
+// the cache.
+constexpr int64_t row_stride(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
+
 constexpr int32_t op_prepare = -1;  // prepares `out`, where the operation before cannot do that itself
 
 struct Stage {
@@ -25,7 +29,7 @@ struct Stage {
   bool wanted = false;  // one row for every wanted token, not for every token
   bool barrier = true;  // behind it
   const hl_weight* weight = nullptr;
-  int64_t in_width = 0, out_width = 0;
+  int64_t in_width = 0, out_width = 0, in_stride = 0, out_stride = 0;  // floats of a row, and from row to row
   float *in = nullptr, *in2 = nullptr, *out = nullptr;
   Prepared from;                // LINEAR, HEAD: the input
   std::vector<Prepared> ready;  // forms of `out` (ROPE: none) that later products want

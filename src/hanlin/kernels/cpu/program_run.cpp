@@ -54,14 +54,14 @@ class Run {
 
   // Columns [begin, end) of a row of `out`, in the form that a later product wants.
   void prepare(const Prepared& form, const Stage& stage, int64_t row, int64_t begin, int64_t end) const {
-    linear_.prepare(form.act, stage.out + row * stage.out_width + begin, begin, end, stage.out_width,
+    linear_.prepare(form.act, stage.out + row * stage.out_stride + begin, begin, end, stage.out_width,
                     act_row(form.act, form.rows, form.stride, row));
   }
 
   void one_row(const Stage& stage, int64_t r) const {
     const hl_op& op = stage.op;
-    const float* in = stage.in + r * stage.in_width;
-    float* out = stage.out + r * stage.out_width;
+    const float* in = stage.in + r * stage.in_stride;
+    float* out = stage.out + r * stage.out_stride;
     switch (op.code) {
       case HL_OP_EMBED:
         if (step_.n_embeddings > 0 && step_.embedding_rows[r] >= 0) {
@@ -79,10 +79,10 @@ class Run {
       case HL_OP_GATE:
         return ops_.gate(op.style, in, in + stage.out_width, stage.out_width, out);
       case HL_OP_ADD:
-        return ops_.add(in, op.scale, stage.in2 == nullptr ? nullptr : stage.in2 + r * stage.in_width, stage.in_width,
+        return ops_.add(in, op.scale, stage.in2 == nullptr ? nullptr : stage.in2 + r * stage.in_stride, stage.in_width,
                         out);
       case HL_OP_GATHER:
-        std::memcpy(out, stage.in + step_.row_index[r] * stage.in_width, static_cast<size_t>(stage.in_width) * 4);
+        std::memcpy(out, stage.in + step_.row_index[r] * stage.in_stride, static_cast<size_t>(stage.in_width) * 4);
         return;
       default:
         return;  // op_prepare
@@ -92,11 +92,11 @@ class Run {
   LowRows extra(const Team& team, const Stage& stage, int64_t rows) const {
     if (!p_.adapters.any()) return {};
     return low_rows(team, linear_, p_.adapters, stage.number,
-                    {stage.in, stage.in_width, stage.in_width, rows, stage.wanted});
+                    {stage.in, stage.in_stride, stage.in_width, rows, stage.wanted});
   }
 
   void linear(const Team& team, const Stage& stage, int64_t rows) const {
-    const Epilogue out = {stage.out, stage.out_width, stage.op.bias, stage.op.flags, extra(team, stage, rows)};
+    const Epilogue out = {stage.out, stage.out_stride, stage.op.bias, stage.op.flags, extra(team, stage, rows)};
     const int64_t columns = stage.op.flags & HL_SILU_MUL ? HL_TILE / 2 : HL_TILE;  // that a tile becomes
     // Threads take whole groups of 32 columns, so that each can prepare what it made. With many rows that happens every
     // 128 columns, while they are in the cache.
@@ -120,7 +120,7 @@ class Run {
     for (int64_t i = mine.begin; i < mine.end; i++) {
       const int64_t t = i / op.kv_heads;
       const int32_t g = static_cast<int32_t>(i % op.kv_heads);
-      float* row = stage.in + t * stage.in_width;
+      float* row = stage.in + t * stage.in_stride;
       float* k = row + (op.heads + g) * size;
       if (op.rotary > 0) {
         const float *cosines = step_.cos + t * half, *sines = step_.sin + t * half;
@@ -135,8 +135,8 @@ class Run {
   void attend(const Team& team, const Stage& stage, std::atomic<int32_t>& next) const {
     const hl_op& op = stage.op;
     const hl_kv& kv = p_.pools[static_cast<size_t>(op.layer)];
-    const Attention what = {&kv,       &step_,          op.heads,  op.scale, stage.in, stage.in_width,
-                            stage.out, stage.out_width, partials()};
+    const Attention what = {&kv,       &step_,          op.heads,  op.scale, stage.in, stage.in_stride,
+                            stage.out, stage.out_stride, partials()};
     const int64_t share = op.heads / op.kv_heads;
     const auto done = [&](const AttendTask& task) {
       for (const Prepared& form : stage.ready)
@@ -161,8 +161,8 @@ class Run {
                       {step_.logits, weight.out, stage.op.bias, 0, extra(team, stage, scored)});
     if (step_.hidden != nullptr) {
       const Range mine = team.split(rows);
-      std::copy(stage.in + mine.begin * stage.in_width, stage.in + mine.end * stage.in_width,
-                step_.hidden + mine.begin * stage.in_width);
+      for (int64_t r = mine.begin; r < mine.end; r++)
+        std::copy_n(stage.in + r * stage.in_stride, stage.in_width, step_.hidden + r * stage.in_width);
     }
     if (scored == 0 || (step_.top == 0 && step_.log_sum_exp == nullptr)) return;
     team.barrier();
