@@ -74,7 +74,10 @@ VALID: dict[str, list[dict[str, Any]]] = {
     "/v1/encode": [{"input": "hi", "do_preprocess": True}],
     "/v1/load_lora_adapter": [{"lora_name": "a", "lora_path": "b"}],
     "/v1/unload_lora_adapter": [{"lora_name": "a"}],
-    "/": [{"prompt": "hi", "history": [["a", "b"]], "max_length": 9}],
+    "/": [
+        {"prompt": "hi", "history": [["a", "b"]], "max_length": 9},
+        {"text": "hi", "image": None, "history": [["a", "b"]], "max_length": 9, "min_length": 1, "top_k": 3},
+    ],
     "/chat": [{"query": "hi", "request_id": "1", "max_length": 9}],
     "/get_response": [{"request_id": "1"}],
 }

@@ -23,7 +23,8 @@ OPTIONS = {"dtype": "float32", "packed_cache": False, "cache_max_entry_count": 6
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: Any) -> Iterator[Any]:
     path = write(tmp_path_factory.mktemp("visualglm") / "visualglm-6b")
-    with app_client(ServeConfig(models=(ModelSpec(source=str(path), name="sees", options=OPTIONS),))) as client:
+    spec = ModelSpec(source=str(path), name="sees", options=OPTIONS)
+    with app_client(ServeConfig(models=(spec,), legacy_chatglm=True)) as client:
         yield client
 
 
@@ -62,6 +63,36 @@ def test_all_apis_give_one_answer(client: Any) -> None:
     body = {"model": "sees", "input": [item], "max_output_tokens": 8, "temperature": 0}
     output = client.post("/v1/responses", json=body).json()["output"]
     assert output[0]["content"][0]["text"] == want
+
+
+def test_visualglms_own_api(client: Any) -> None:
+    """`POST /` with `text` and `image`: the same words as elsewhere, its own names, its own defaults."""
+    asked = {"text": "你好", "image": FIRST, "temperature": 0, "repetition_penalty": 1.2, "top_k": 30}
+    long = openai(client, shown(URI), temperature=0, max_tokens=30, min_tokens=30).json()
+    prompt, want = long["usage"]["prompt_tokens"], long["choices"][0]["message"]["content"]
+    limits = {"max_length": prompt + 30, "min_length": prompt + 30}
+    told = client.post("/", json={**asked, **limits, "history": []}).json()
+    assert list(told) == ["result", "history", "status", "time"] and told["status"] == 200
+    assert told["result"] == want and told["history"] == [["你好", want]]
+    other = client.post("/", json={**asked, **limits, "image": SECOND, "history": None}).json()
+    assert other["result"] != want
+    again = client.post("/", json={**asked, "history": told["history"], "max_length": prompt + 60}).json()
+    assert again["history"][:1] == told["history"] and len(again["history"]) == 2
+    # A length shorter than the prompt still gives a token, and least is never more than most.
+    assert client.post("/", json={**asked, "max_length": 1, "min_length": 10**6}).status_code == 200
+    assert client.post("/", json={"text": "Hello", "max_length": prompt + 8}).status_code == 200
+    # ChatGLM-6B's shape goes on as it was.
+    assert "response" in client.post("/", json={"prompt": "你好", "max_length": prompt + 8}).json()
+    for body, word in (
+        ({**asked, "image": "/etc/passwd"}, "image"),
+        ({**asked, "image": "????"}, "base64"),
+        ({**asked, "top_p": 7}, "top_p"),
+        ({"text": 7}, "text"),
+        ({}, "prompt"),
+        ({"image": FIRST}, "prompt"),
+    ):
+        answer = client.post("/", json=body)
+        assert answer.status_code == 400 and word in answer.json()["error"]["message"], answer.text[:300]
 
 
 def test_what_the_server_says_of_itself(client: Any) -> None:

@@ -168,7 +168,7 @@ def serve(
     request_timeout: Annotated[Text, typer.Option(help="Of one request, like 10m.", rich_help_panel=_LIMITS)] = None,
     drain_timeout: Annotated[Text, typer.Option(help="Of running requests at exit.", rich_help_panel=_LIMITS)] = None,
     legacy_chatglm: Annotated[
-        bool, typer.Option("--legacy-chatglm", help="ChatGLM-6B's own routes: POST /, /chat and /get_response.")
+        bool, typer.Option("--legacy-chatglm", help="ChatGLM-6B's and VisualGLM's own routes: POST /, /chat, ...")
     ] = False,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The chat page at /.")] = True,
     log_level: Annotated[Text, typer.Option(help="debug, info, warning, error.")] = None,

@@ -112,7 +112,7 @@ class ServeConfig:
         keep_alive: seconds that a model stays loaded without being asked for; None is for ever.
         any_model_name: requests for unknown models go to the first.
         adapter_directory: whose folders requests may load as LoRA adapters; None lets them load none.
-        legacy_chatglm: ChatGLM-6B's own routes, `POST /` and `/chat` with `/get_response`.
+        legacy_chatglm: ChatGLM-6B's own routes, `POST /` and `/chat` with `/get_response`; VisualGLM's `POST /`.
         page: the chat page at `/`.
         log_format: text or json. log_prompts: write prompts and replies to the log.
         trace_endpoint: where OpenTelemetry spans go.

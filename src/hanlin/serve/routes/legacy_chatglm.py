@@ -1,20 +1,24 @@
-"""ChatGLM-6B's own two APIs: `POST /` of api.py, and `/chat` with `/get_response` of its stream API.
+"""ChatGLM-6B's own two APIs: `POST /` of api.py, and `/chat` with `/get_response`; VisualGLM's `POST /`.
 
-The shapes are those of the repository's scripts; `is_handled` is true once the request has left the queue (the script
-that set it was not at hand).
+The shapes are those of the repositories' scripts; `is_handled` is true once the request has left the queue (the script
+that set it was not at hand). A body with `text` is VisualGLM's, one with `prompt` ChatGLM-6B's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
+from hanlin import images
+from hanlin.llm import LLM
+from hanlin.requests import Job
 from hanlin.serve.ask import Ask
 from hanlin.serve.body import JsonRoute
 from hanlin.serve.call import Call
@@ -27,6 +31,8 @@ __all__ = ["router"]
 router = APIRouter(route_class=JsonRoute, tags=["chatglm-6b"])
 
 _MAX_LENGTH, _TOP_P, _TEMPERATURE = 2048, 0.7, 0.95
+_MIN_LENGTH = 50  # of VisualGLM's
+_VISUAL = {"top_p": 0.4, "top_k": 100, "temperature": 0.8, "repetition_penalty": 1.2}
 
 
 class ApiRequest(BaseModel):
@@ -37,6 +43,31 @@ class ApiRequest(BaseModel):
     max_length: int | None = None
     top_p: float | None = None
     temperature: float | None = None
+
+
+class VisualRequest(BaseModel):
+    """VisualGLM's `POST /`. `image` is an image file as base64; what is missing or null gets the script's default."""
+
+    text: str
+    image: str | None = None
+    history: list[tuple[str, str]] | None = None
+    max_length: int | None = None
+    min_length: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+
+
+def _kind(body: Any) -> str:
+    visual = isinstance(body, VisualRequest) or (isinstance(body, dict) and "text" in body and "prompt" not in body)
+    return "text" if visual else "prompt"
+
+
+Either = Annotated[
+    Annotated[ApiRequest, Tag("prompt")] | Annotated[VisualRequest, Tag("text")],
+    Discriminator(_kind),
+]
 
 
 class ChatRequest(BaseModel):
@@ -53,14 +84,19 @@ class PollRequest(BaseModel):
 
 
 @router.post("/")
-async def api(request: Request, body: ApiRequest) -> Response:
+async def api(request: Request, body: Either) -> Response:
     """One turn."""
     async with await service_of(request).open(request, None) as call:
-        jobs = await call.prepare(_ask(call, body.prompt, body).jobs)
+        if isinstance(body, VisualRequest):
+            asked, name = body.text, "result"
+            jobs = await call.prepare(lambda llm: _visual_jobs(llm, body), slow=body.image is not None)
+        else:
+            asked, name = body.prompt, "response"
+            jobs = await call.prepare(_ask(call, asked, body).jobs)
         (done,) = await call.complete(jobs)
-        history = [*(body.history or []), (body.prompt, done.text)]
+        history = [*(body.history or []), (asked, done.text)]
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        return JSONResponse({"response": done.text, "history": history, "status": 200, "time": stamp})
+        return JSONResponse({name: done.text, "history": history, "status": 200, "time": stamp})
 
 
 @router.post("/chat")
@@ -108,11 +144,29 @@ async def _run(call: Call, jobs: Any, kept: Conversation) -> None:
             kept.finished = True
 
 
-def _ask(call: Call, query: str, body: ApiRequest | ChatRequest) -> Ask:
+def _turns(history: list[tuple[str, str]] | None, query: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
-    for question, answer in body.history or []:
+    for question, answer in history or []:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    turns.append({"role": "user", "content": query})
+    return [*turns, {"role": "user", "content": query}]
+
+
+def _ask(call: Call, query: str, body: ApiRequest | ChatRequest) -> Ask:
+    turns = _turns(body.history, query)
     sampling = {"top_p": body.top_p or _TOP_P, "temperature": body.temperature or _TEMPERATURE}
     prompt = len(Ask(messages=turns).jobs(call.llm)[0].ids)  # max_length counts it
     return Ask(messages=turns, sampling={**sampling, "max_tokens": max(1, (body.max_length or _MAX_LENGTH) - prompt)})
+
+
+def _visual_jobs(llm: LLM, body: VisualRequest) -> list[Job]:
+    shown: list[dict[str, Any]] = []
+    if body.image is not None:
+        shown = [{"type": "image", "image": images.from_base64(body.image)}]
+    turns = _turns(body.history, [*shown, {"type": "text", "text": body.text}])
+    sampling = {name: default if (given := getattr(body, name)) is None else given for name, default in _VISUAL.items()}
+    (job,) = Ask(messages=turns, sampling=sampling).jobs(llm)
+    # Both lengths count the prompt, the places of the image too.
+    most, least = body.max_length or _MAX_LENGTH, _MIN_LENGTH if body.min_length is None else body.min_length
+    room = max(1, most - len(job.ids))
+    least = min(max(0, least - len(job.ids)), room)
+    return [replace(job, sampling=replace(job.sampling, max_tokens=room, min_tokens=least))]
