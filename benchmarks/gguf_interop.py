@@ -86,6 +86,7 @@ _SPM = {"tokenizer": _INTERNLM2.name, "tokenizer_class": "InternLM2Tokenizer"}
 CASES = (
     Case(name="SmolLM2-135M-Instruct as InternLM2", values={}),
     Case(name="InternLM2", values={**_LLAMA, "model_type": "internlm2", "bias": False}, **_SPM),
+    Case(name="InternLM2, biases", values={**_LLAMA, "model_type": "internlm2", "bias": True}, **_SPM),
     Case(
         name="InternLM",
         values={

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from chatglm2_directory import as_glm, glm_config, tiktoken_file, tokenizer_mode
 from chatglm2_directory import config as chatglm2_config
 from chatglm2_directory import weights as chatglm2_weights
 from chatglm2_directory import write as write_chatglm2
+from chatglm_directory import make_directory as chatglm_6b
 from hanlin.chat.registry import chat_format_for
 from hanlin.chat.templates import template_for
 from hanlin.checkpoints import convert_gguf as module
 from hanlin.checkpoints.base import TensorInfo
 from hanlin.checkpoints.convert import convert
 from hanlin.checkpoints.description import describe_gguf
+from hanlin.checkpoints.gguf_keys import config_keys
 from hanlin.checkpoints.load import load_model
 from hanlin.checkpoints.source import open_source
-from hanlin.errors import CheckpointError, ConfigError
+from hanlin.errors import CheckpointError, ConfigError, TokenizerError
 from hanlin.layers.attend import PackedAttend
 from hanlin.layers.rope import Positions
 from hanlin.models.registry import build, read_config
@@ -107,6 +110,22 @@ def test_internlm2_there_and_back_gives_the_same_bits(tmp_path: Path, kv_heads: 
     same -= {"initializer_range", "pad_token_id", "transformers_version", "rope_theta"}
     assert {key: again[key] for key in same} == {key: values[key] for key in same}
     assert (again["rope_theta"], again["rope_scaling"]["factor"]) == (1e6, 2.0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_internlm2_with_biases_is_a_llama_there_and_comes_back(tmp_path: Path, kv_heads: int) -> None:
+    first = make_directory(tmp_path / "a", tokenizer="small", num_key_value_heads=kv_heads, bias=True)
+    to_gguf(first, tmp_path / "b.gguf")
+    with open_source(tmp_path / "b.gguf") as source:
+        assert source.metadata["general.architecture"] == "llama"
+        assert {"blk.0.attn_q.bias", "blk.0.attn_output.bias"} <= source.infos.keys()
+    assert torch.allclose(logits(first), logits(tmp_path / "b.gguf"), atol=1e-5)
+    back(tmp_path / "b.gguf", tmp_path / "c", "internlm2")
+    assert same_bits(weights(first), weights(tmp_path / "c"))
+    assert torch.allclose(logits(first), logits(tmp_path / "c"), atol=1e-5)
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["bias"] is True
+    back(tmp_path / "b.gguf", tmp_path / "d")
+    assert torch.allclose(logits(first), logits(tmp_path / "d"), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -292,12 +311,16 @@ def test_rows_are_cut_or_given_unused_tokens(tmp_path: Path) -> None:
 
 
 def test_what_gguf_cannot_say_is_refused_at_once(tmp_path: Path) -> None:
-    first = make_directory(tmp_path / "a", tokenizer="small", bias=True)
-    with pytest.raises(ConfigError, match=r"(?s)behind the attention.*before the attention.*--to llama"):
-        to_gguf(first, tmp_path / "b.gguf")
-    convert(first, tmp_path / "c", to="llama")
-    to_gguf(tmp_path / "c", tmp_path / "b.gguf")
-    assert torch.allclose(logits(first), logits(tmp_path / "b.gguf"), atol=1e-5)
+    config = read_config(json.loads((llama_like(tmp_path / "a", model_type="qwen2") / "config.json").read_text()))
+    with pytest.raises(ConfigError, match=r"(?s)behind the attention.*in the MLP"):
+        config_keys(replace(config, out_bias=True, mlp_bias=True), name="x", path=tmp_path)
+    first = chatglm_6b(tmp_path / "glm")
+    with pytest.raises(ConfigError, match="no architecture for ChatGLM-6B"):
+        convert(first, tmp_path / "b.gguf", to="gguf", tokenizer={})
+    with pytest.raises(TokenizerError, match="ChatGLM-6B can't be a GGUF file"):
+        gguf_keys(load_tokenizer(first))
+    assert not (tmp_path / "b.gguf").exists()
+    to_gguf(make_directory(tmp_path / "c", tokenizer="small"), tmp_path / "b.gguf")
     with pytest.raises(ConfigError, match="GGUF file already"):
         convert(tmp_path / "b.gguf", tmp_path / "d.gguf", to="gguf", tokenizer={})
     with pytest.raises(ConfigError, match="q4_0 is for GGUF files"):

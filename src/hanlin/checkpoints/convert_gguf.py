@@ -18,7 +18,7 @@ from hanlin.checkpoints.base import fail
 from hanlin.checkpoints.blocks import BLOCKS
 from hanlin.checkpoints.description import describe_gguf
 from hanlin.checkpoints.gguf_encode import DENSE, bound, decode, encode, row_bytes, row_chunks
-from hanlin.checkpoints.gguf_keys import ARCHITECTURES, PERMUTED, config_keys, fit_tokens
+from hanlin.checkpoints.gguf_keys import PERMUTED, architecture, config_keys, fit_tokens
 from hanlin.checkpoints.names import Recipe, recipes
 from hanlin.checkpoints.source import open_source
 from hanlin.checkpoints.staging import PieceFile
@@ -142,7 +142,7 @@ class GgufTarget:
 
     @cached_property
     def arch(self) -> str:
-        return ARCHITECTURES[self.weights.config.model_type]
+        return architecture(self.weights.config) or ""
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:

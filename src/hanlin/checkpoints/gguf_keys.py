@@ -14,10 +14,10 @@ from typing import Any
 from hanlin.errors import ConfigError, problems
 from hanlin.models.config import DecoderConfig
 
-__all__ = ["ARCHITECTURES", "PERMUTED", "config_keys", "fit_tokens", "refusals"]
+__all__ = ["PERMUTED", "architecture", "config_keys", "fit_tokens", "refusals"]
 
 # By family; the others have none.
-ARCHITECTURES: Mapping[str, str] = MappingProxyType(
+_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {"internlm2": "internlm2", "internlm": "llama", "internlm3": "llama", "llama": "llama", "qwen2": "qwen2"}
     | {"chatglm2": "chatglm", "glm": "chatglm"}
 )
@@ -31,10 +31,17 @@ _WITHOUT = {
 _UNUSED = 5
 
 
+def architecture(config: DecoderConfig) -> str | None:
+    """The file's architecture, or None where llama.cpp has none."""
+    arch = _ARCHITECTURES.get(config.model_type)
+    # InternLM2's has no biases. Its mathematics is a Llama's, which may have them.
+    return "llama" if arch == "internlm2" and (config.qkv_bias or config.out_bias) else arch
+
+
 def refusals(config: DecoderConfig) -> list[str]:
     """Everything about a model that no architecture of llama.cpp can say."""
     family = config.model_type
-    arch = ARCHITECTURES.get(family)
+    arch = architecture(config)
     if arch is None:
         return [_WITHOUT.get(family, f"models of kind {family} have no architecture in llama.cpp")]
     found = []
@@ -45,8 +52,6 @@ def refusals(config: DecoderConfig) -> list[str]:
             found.append(f"architecture {arch} has no bias behind the attention")
         if config.mlp_bias:
             found.append(f"architecture {arch} has no bias in the MLP")
-    if arch == "internlm2" and config.qkv_bias:
-        found.append("architecture internlm2 has no bias before the attention")
     if arch in ("internlm2", "chatglm") and config.head_dim * config.num_heads != config.hidden_size:
         found.append(f"architecture {arch} needs head_dim {config.head_dim} to be hidden_size / num_attention_heads")
     if arch == "chatglm" and config.rope.kind not in ("none", "linear"):
@@ -63,12 +68,9 @@ def config_keys(config: DecoderConfig, *, name: str, path: Path) -> dict[str, An
     Raises:
         ConfigError: everything that GGUF can't say.
     """
-    found = refusals(config)
+    found, arch = refusals(config), architecture(config)
     if found:
-        biased = config.model_type == "internlm2" and (config.qkv_bias or config.out_bias)
-        remedy = "A Llama may have biases: convert --to llama first, and that to gguf." if biased else ""
-        raise ConfigError(problems(f"{path} as a GGUF file", found, remedy))
-    arch = ARCHITECTURES[config.model_type]
+        raise ConfigError(problems(f"{path} as a GGUF file", found))
     keys: dict[str, Any] = {
         "general.name": name,
         f"{arch}.context_length": config.max_positions,

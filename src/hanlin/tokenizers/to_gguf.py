@@ -33,7 +33,8 @@ def gguf_keys(tokenizer: BaseTokenizer, *, name: str = "the tokenizer") -> dict[
         keys = _byte_level(tokenizer, name)
     else:
         raise TokenizerError(
-            f"{name}: ChatGLM-6B's tokenizer has rules for lines, tabs and blanks that no kind of llama.cpp's has"
+            f"{name}: ChatGLM-6B can't be a GGUF file: llama.cpp has no architecture for it, and no kind of tokenizer "
+            "with its rules for lines, tabs and blanks. `hanlin convert --to hanlin` packs it for Hanlin."
         )
     return keys | {f"tokenizer.ggml.{key}": value for key, value in _roles(tokenizer).items()}
 
