@@ -163,6 +163,15 @@ def test_a_step_says_when_it_computes(tiny: Any) -> None:
     assert order == ["said", *["said", "run"] * 2]
 
 
+def test_short_prompts_are_computed_together_within_bounds(tiny: Any) -> None:
+    engine = engine_of(tiny("llama"), blocks=64)
+    for _ in range(12):
+        engine.add(request([1] * 20, SamplingParams(max_tokens=2), tiny("llama")))
+    counts = [tokens for _, tokens in engine.scheduler.schedule(40)]
+    assert counts == [20] * 6  # whole, in three times what a step of longer ones may have
+    assert [tokens for _, tokens in engine.scheduler.schedule(40)][-2:] == [20, 20]  # every other step keeps to it
+
+
 SAMPLINGS = st.sampled_from(
     [
         SamplingParams(temperature=0, max_tokens=6, logprobs=2),
