@@ -141,7 +141,7 @@ extern "C" int32_t hl_kv_write(hl_ctx* ctx, const hl_kv* kv, const int64_t* slot
                                int64_t ldk, const float* v, int64_t ldv) {
   return hl::each_slot("kv_write", ctx, kv, slots, tokens, k, ldk, v, ldv, [&](int64_t slot, int32_t head, int64_t t) {
     const int64_t at = int64_t{head} * kv->head_size;
-    ctx->isa->ops->kv_write(*kv, slot, head, k + t * ldk + at, v + t * ldv + at);
+    ctx->isa->ops->kv_write(*kv, slot, 1, head, {k + t * ldk + at, v + t * ldv + at, ldk, ldv});
   });
 }
 

@@ -38,16 +38,31 @@ HL_INLINE int64_t place_of(bool keys, int64_t slot, int64_t d, int64_t padded) {
   return keys ? (d / Unit * HL_SLOTS + slot) * Unit + d % Unit : (slot / Unit * padded + d) * Unit + slot % Unit;
 }
 
+// `count` rows, `ld` elements apart, into slots one after another. Whole units of slots are written as they lie: a row at a
+// time, each line of the cache would be fetched for one element.
 template <int Unit, class Element>
-HL_INLINE void scatter(const Element* row, int64_t n, bool keys, int64_t slot, int64_t padded, Element* part) {
+HL_INLINE void scatter(const Element* rows, int64_t ld, int64_t count, int64_t n, bool keys, int64_t slot, int64_t padded,
+                       Element* part) {
   if (keys) {
     int64_t d = 0;
     for (; d + Unit <= n; d += Unit)
-      memcpy(part + place_of<Unit>(true, slot, d, padded), row + d, Unit * sizeof(Element));
-    for (; d < n; d++) part[place_of<Unit>(true, slot, d, padded)] = row[d];
-  } else {
-    Element* to = part + place_of<Unit>(false, slot, 0, padded);
-    for (int64_t d = 0; d < n; d++) to[Unit * d] = row[d];
+      for (int64_t i = 0; i < count; i++)
+        memcpy(part + place_of<Unit>(true, slot + i, d, padded), rows + i * ld + d, Unit * sizeof(Element));
+    for (; d < n; d++)
+      for (int64_t i = 0; i < count; i++) part[place_of<Unit>(true, slot + i, d, padded)] = rows[i * ld + d];
+    return;
+  }
+  for (int64_t i = 0; i < count;) {
+    Element* to = part + place_of<Unit>(false, slot + i, 0, padded);
+    const Element* from = rows + i * ld;
+    if (Unit > 1 && (slot + i) % Unit == 0 && count - i >= Unit) {
+      for (int64_t d = 0; d < n; d++)
+        HL_UNROLL for (int u = 0; u < Unit; u++) to[Unit * d + u] = from[u * ld + d];
+      i += Unit;
+    } else {
+      for (int64_t d = 0; d < n; d++) to[Unit * d] = from[d];
+      i++;
+    }
   }
 }
 
@@ -103,21 +118,26 @@ void encode(const float* x, int32_t n, float steps, uint8_t (&codes)[most_head],
   }
 }
 
-void write_row(const hl_kv& kv, uint8_t* part, uint16_t* params, bool keys, int64_t slot, const float* x) {
+void write_rows(const hl_kv& kv, uint8_t* part, uint16_t* params, bool keys, int64_t slot, int64_t count, const float* x,
+                int64_t ld) {
   const int64_t padded = padded_head(kv.head_size);
   const int32_t n = kv.head_size, kind = keys ? key_kind(kv.kind) : kv.kind;
-  if (kind == HL_KV_F32) return scatter<1>(x, n, keys, slot, padded, reinterpret_cast<float*>(part));
+  if (kind == HL_KV_F32) return scatter<1>(x, ld, count, n, keys, slot, padded, reinterpret_cast<float*>(part));
   if (kind == HL_KV_BF16) {
-    uint16_t rounded[most_head];
-    for (int32_t d = 0; d < n; d += lanes)
-      store_u16(rounded + d, to_bf16(n - d < lanes ? load(x + d, n - d) : load(x + d)));
-    return scatter<2>(rounded, n, keys, slot, padded, reinterpret_cast<uint16_t*>(part));
+    uint16_t rounded[HL_SLOTS][most_head];
+    for (int64_t i = 0; i < count; i++, x += ld)
+      for (int32_t d = 0; d < n; d += lanes)
+        store_u16(rounded[i] + d, to_bf16(n - d < lanes ? load(x + d, n - d) : load(x + d)));
+    return scatter<2>(rounded[0], most_head, count, n, keys, slot, padded, reinterpret_cast<uint16_t*>(part));
   }
-  uint8_t codes[most_head];
-  encode(x, n, kind == HL_KV_INT8 ? 255.0f : 15.0f, codes, params + slot, params + HL_SLOTS + slot);
-  if (kind == HL_KV_INT8) return scatter<4>(codes, n, keys, slot, padded, part);
-  uint8_t both[most_head / 2];
-  scatter<4>(both, join(codes, n, both), false, slot, padded / 2, part);
+  uint8_t codes[HL_SLOTS][most_head];
+  for (int64_t i = 0; i < count; i++)
+    encode(x + i * ld, n, kind == HL_KV_INT8 ? 255.0f : 15.0f, codes[i], params + slot + i, params + HL_SLOTS + slot + i);
+  if (kind == HL_KV_INT8) return scatter<4>(codes[0], most_head, count, n, keys, slot, padded, part);
+  uint8_t both[HL_SLOTS][most_head / 2];
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) bytes = join(codes[i], n, both[i]);
+  scatter<4>(both[0], most_head / 2, count, bytes, false, slot, padded / 2, part);
 }
 
 void read_row(const hl_kv& kv, const uint8_t* part, const uint16_t* params, bool keys, int64_t slot, float* x) {
@@ -143,12 +163,12 @@ void read_row(const hl_kv& kv, const uint8_t* part, const uint16_t* params, bool
 
 }  // namespace
 
-void kv_write(const hl_kv& kv, int64_t slot, int32_t head, const float* k, const float* v) {
+void kv_write(const hl_kv& kv, int64_t slot, int64_t count, int32_t head, const KvRows& rows) {
   const int64_t offset = slot % kv.block_size, keys = kv_keys_bytes(kv), values = kv_values_bytes(kv);
   uint8_t* slots = kv_slots(kv, slot / kv.block_size, head, offset);
   uint16_t* params = reinterpret_cast<uint16_t*>(slots + keys + values);
-  write_row(kv, slots, params, true, offset % HL_SLOTS, k);
-  write_row(kv, slots + keys, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, v);
+  write_rows(kv, slots, params, true, offset % HL_SLOTS, count, rows.k, rows.ldk);
+  write_rows(kv, slots + keys, params + 2 * HL_SLOTS, false, offset % HL_SLOTS, count, rows.v, rows.ldv);
 }
 
 void kv_read(const hl_kv& kv, int64_t slot, int32_t head, float* k, float* v) {

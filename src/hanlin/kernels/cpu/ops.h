@@ -43,6 +43,12 @@ static inline uint8_t* kv_slots(const hl_kv& kv, int64_t block, int64_t head, in
          ((block * kv.heads + head) * groups + offset / HL_SLOTS) * kv_slots_bytes(kv);
 }
 
+// Keys and values of one head of some tokens, ldk and ldv floats apart.
+struct KvRows {
+  const float *k, *v;
+  int64_t ldk, ldv;
+};
+
 // ---- attention -----------------------------------------------------------------------------------------------------
 
 // One attention over a pool. A "row" of a sequence and a kv head is one query of one of the heads that share the kv
@@ -98,7 +104,8 @@ struct OpKernels {
   void (*rope)(int32_t style, float* head, int32_t rotary, const float* cos, const float* sin);
   void (*top)(const float* x, int64_t n, int32_t first_id, int32_t k, Top* out);
 
-  void (*kv_write)(const hl_kv& kv, int64_t slot, int32_t head, const float* k, const float* v);
+  // `count` slots one after another, of the same HL_SLOTS.
+  void (*kv_write)(const hl_kv& kv, int64_t slot, int64_t count, int32_t head, const KvRows& rows);
   void (*kv_read)(const hl_kv& kv, int64_t slot, int32_t head, float* k, float* v);
   int64_t (*attend_scratch)(const hl_kv& kv);  // bytes that `attend` needs for itself, aligned to 64
   void (*attend)(const Attention& what, const AttendTask& task, void* scratch);

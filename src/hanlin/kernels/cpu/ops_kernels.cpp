@@ -6,7 +6,7 @@
 namespace hl::HL_VARIANT {
 
 // attend_kernels.cpp
-void kv_write(const hl_kv& kv, int64_t slot, int32_t head, const float* k, const float* v);
+void kv_write(const hl_kv& kv, int64_t slot, int64_t count, int32_t head, const KvRows& rows);
 void kv_read(const hl_kv& kv, int64_t slot, int32_t head, float* k, float* v);
 int64_t attend_scratch(const hl_kv& kv);
 void attend(const Attention& what, const AttendTask& task, void* scratch);

@@ -116,19 +116,23 @@ class Run {
     const hl_op& op = stage.op;
     const hl_kv& kv = p_.pools[static_cast<size_t>(op.layer)];
     const int64_t size = op.head_size, share = op.heads / op.kv_heads, half = op.rotary / 2;
-    const Range mine = team.split(rows * op.kv_heads);
-    for (int64_t i = mine.begin; i < mine.end; i++) {
-      const int64_t t = i / op.kv_heads;
-      const int32_t g = static_cast<int32_t>(i % op.kv_heads);
-      float* row = stage.in + t * stage.in_stride;
-      float* k = row + (op.heads + g) * size;
-      if (op.rotary > 0) {
-        const float *cosines = step_.cos + t * half, *sines = step_.sin + t * half;
+    const Range mine = team.split(rows * op.kv_heads);  // head by head
+    for (int64_t i = mine.begin; i < mine.end;) {
+      const int32_t g = static_cast<int32_t>(i / rows);
+      const int64_t t = i % rows, slot = step_.slots[t], most = std::min(rows - t, mine.end - i);
+      int64_t count = 1;  // of tokens whose slots lie together
+      while (count < most && step_.slots[t + count] == slot + count && (slot + count) % HL_SLOTS != 0) count++;
+      float* first = stage.in + t * stage.in_stride;
+      for (int64_t n = 0; n < count && op.rotary > 0; n++) {
+        float* row = first + n * stage.in_stride;
+        const float *cosines = step_.cos + (t + n) * half, *sines = step_.sin + (t + n) * half;
         for (int64_t h = g * share; h < (g + 1) * share; h++)
           ops_.rope(op.style, row + h * size, op.rotary, cosines, sines);
-        ops_.rope(op.style, k, op.rotary, cosines, sines);
+        ops_.rope(op.style, row + (op.heads + g) * size, op.rotary, cosines, sines);
       }
-      ops_.kv_write(kv, step_.slots[t], g, k, k + op.kv_heads * size);
+      const float* k = first + (op.heads + g) * size;
+      ops_.kv_write(kv, slot, count, g, {k, k + op.kv_heads * size, stage.in_stride, stage.in_stride});
+      i += count;
     }
   }
 
