@@ -14,8 +14,8 @@ from hanlin.checkpoints.blocks import BLOCKS, dequantize
 __all__ = ["DENSE", "bound", "decode", "encode", "row_bytes", "row_chunks"]
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Elements encoded at once: the package's encoders need some thirty bytes for each.
-_AT_ONCE = 1 << 20
+# Elements encoded at once. The package's encoders need some thirty bytes for each, which a cache should hold.
+_AT_ONCE = 1 << 18
 # Half a step, in parts of a block's largest value: 127 steps, 8 steps with the end of the range left out, or 15 steps
 # over twice as much; and what rounding the scale to float16 moves.
 _STEPS = {"Q8_0": 0.5 / 127, "Q4_0": 1 / 8, "Q4_1": 1 / 15}
