@@ -54,26 +54,35 @@ class Grid:
         missing = self.count(weight.shape[1]) * self.group - weight.shape[1]
         return F.pad(weight, (0, missing)).view(weight.shape[0], -1, self.group)
 
-    def fit(self, blocks: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Scales and zero points (out, groups) for blocks (out, groups, group), of a range `shrink` times as wide."""
-        most = float((1 << self.bits) - 1)
-        low, high = blocks.amin(-1).clamp(max=0) * shrink, blocks.amax(-1).clamp(min=0) * shrink
+    def range(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value (...) to be stood for in blocks (..., group); zero lies between."""
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        scales = ((high - low) / most).clamp(_LEAST, 6e4).half().float()
+        return low, high
+
+    def fit(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points (out, groups) that reach everything in blocks (out, groups, group)."""
+        most = float((1 << self.bits) - 1)
+        low, high = self.range(blocks)
+        scales = self.storable((high - low) / most)
         if self.symmetric:
             return scales, torch.full_like(scales, float(self.middle))
         return scales, (-low / scales).round().clamp(self.least_zero, most)
+
+    def storable(self, scales: Tensor) -> Tensor:
+        """The nearest scales that float16 holds, float32."""
+        return scales.clamp(_LEAST, 6e4).half().float()
 
     def round(self, blocks: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes float32 of blocks (..., group) with scales and zero points (...)."""
         return ((blocks / scales[..., None]).round() + zeros[..., None]).clamp(0, (1 << self.bits) - 1)
 
-    def quantise(self, weight: Tensor, fitted: tuple[Tensor, Tensor] | None = None) -> Quantised:
-        """Float32 (out, in) to the nearest values; `fitted` are other scales and zero points than the widest."""
+    def quantise(self, weight: Tensor) -> Quantised:
+        """Float32 (out, in) to the nearest values."""
         blocks = self.grouped(weight)
-        scales, zeros = self.fit(blocks) if fitted is None else fitted
+        scales, zeros = self.fit(blocks)
         codes = self.round(blocks, scales, zeros).byte().flatten(1)[:, : weight.shape[1]]
         return Quantised(codes.contiguous(), scales, zeros)
 
@@ -98,8 +107,7 @@ class RowGrid(Grid):
     group: int = 0
     symmetric: bool = True
 
-    def quantise(self, weight: Tensor, fitted: tuple[Tensor, Tensor] | None = None) -> Quantised:
-        assert fitted is None
+    def quantise(self, weight: Tensor) -> Quantised:
         numbers, scales = rounded(weight, self.bits)
         zeros = torch.full((len(weight), 1), float(self.middle))
         return Quantised((numbers.short() + self.middle).byte(), scales.float()[:, None], zeros)

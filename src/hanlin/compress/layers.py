@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hanlin.compress.grid import Grid, Quantised
-from hanlin.compress.methods import Inputs, balancing, clipped, gptq, output_error, smoothing
+from hanlin.compress.methods import Inputs, balancing, output_error, smoothing
+from hanlin.compress.rounding import passed_on, refined
 from hanlin.layers.linear import Linear
 from hanlin.layers.norm import RMSNorm
 from hanlin.models.parts import BlockParts
@@ -69,15 +70,22 @@ def quantise_layer(
         _smooth(parts, watching, method, grid)
     changes = []
     for linears, inputs in watching:
-        for linear in linears:
-            fitted = clipped(linear.weight, inputs, grid) if method in ("awq", "gptq") else None
-            if method == "gptq" and fitted is not None:
-                quantised = gptq(linear.weight, inputs, grid, fitted)
-            else:
-                quantised = grid.quantise(linear.weight, fitted)
+        for linear, quantised in zip(linears, _quantised(linears, inputs, method, grid), strict=True):
             change = _put(linear, quantised, inputs, grid)
             changes.append(Change(linear, quantised, change.error, nearest[linear]))
     return changes
+
+
+def _quantised(linears: tuple[Linear, ...], inputs: Inputs, method: Method, grid: Grid) -> list[Quantised]:
+    """Layers that share an input at once: rows have nothing to do with each other."""
+    weight = torch.cat([linear.weight for linear in linears])
+    if method in ("awq", "gptq"):
+        gram = inputs.damped()
+        quantised = refined(weight, gram, grid, passed_on(weight, gram, grid))
+    else:
+        quantised = grid.quantise(weight)
+    rows = [linear.out_features for linear in linears]
+    return [Quantised(*parts) for parts in zip(*(torch.split(tensor, rows) for tensor in quantised), strict=True)]
 
 
 def _smooth(parts: BlockParts, watching: list[tuple[tuple[Linear, ...], Inputs]], method: Method, grid: Grid) -> None:
