@@ -36,6 +36,34 @@ struct Pairs {
 };
 #endif
 
+// All blocks of rows by groups of keys, of `steps` shared units each; all blocks of rows by dimensions.
+template <class Engine>
+void score_blocks(int rows, const Groups& groups, int n_groups, int64_t steps, const uint8_t* q, int64_t stride,
+                  float* scores) {
+  by_rows<group_rows>(rows, [&](auto height, int r) {
+    constexpr int M = decltype(height)::value;
+    const auto at = [&](int g) { return scores + r * HL_SPAN + g * HL_SLOTS; };
+    int g = 0;
+    for (; g + wide <= n_groups; g += wide)
+      Engine::template score_block<M, wide>(groups.keys + g, steps, q + r * stride, stride, at(g));
+    for (; g < n_groups; g++) Engine::template score_block<M, 1>(groups.keys + g, steps, q + r * stride, stride, at(g));
+  });
+}
+
+template <class Engine>
+void value_blocks(int rows, const Groups& groups, int64_t count, int64_t padded, const uint8_t* weights, float* out) {
+  by_rows<group_rows>(rows, [&](auto height, int r) {
+    constexpr int M = decltype(height)::value;
+    const uint8_t* from = weights + r * Engine::weight_bytes;
+    const auto at = [&](int64_t n) { return out + r * padded + n * lanes; };
+    int64_t n = 0;
+    for (; n + wide <= padded / lanes; n += wide)
+      Engine::template value_block<M, wide>(groups.values, 64 * n, count, padded * 4, from, at(n), padded);
+    for (; n < padded / lanes; n++)
+      Engine::template value_block<M, 1>(groups.values, 64 * n, count, padded * 4, from, at(n), padded);
+  });
+}
+
 template <class D>
 struct FloatEngine {
   static int64_t query_bytes(int64_t padded) { return padded * 4 / D::per_unit; }
@@ -65,15 +93,7 @@ struct FloatEngine {
 
   static void score(int rows, const Groups& groups, int n_groups, int32_t head_size, const uint8_t* q, int64_t stride,
                     float* scores) {
-    by_rows<group_rows>(rows, [&](auto height, int r) {
-      constexpr int M = decltype(height)::value;
-      const int64_t steps = head_size / D::per_unit;
-      int g = 0;
-      for (; g + wide <= n_groups; g += wide)
-        score_block<M, wide>(groups.keys + g, steps, q + r * stride, stride, scores + r * HL_SPAN + g * HL_SLOTS);
-      for (; g < n_groups; g++)
-        score_block<M, 1>(groups.keys + g, steps, q + r * stride, stride, scores + r * HL_SPAN + g * HL_SLOTS);
-    });
+    score_blocks<FloatEngine>(rows, groups, n_groups, head_size / D::per_unit, q, stride, scores);
   }
 
   // The sum is that of the weights as they are rounded, so that rounding does not change what they add up to.
@@ -120,15 +140,63 @@ struct FloatEngine {
   }
 
   static void value(int rows, const Groups& groups, int64_t count, int64_t padded, const uint8_t* weights, float* out) {
-    by_rows<group_rows>(rows, [&](auto height, int r) {
-      constexpr int M = decltype(height)::value;
-      const uint8_t* from = weights + r * weight_bytes;
-      int64_t n = 0;
-      for (; n + wide <= padded / lanes; n += wide)
-        value_block<M, wide>(groups.values, 64 * n, count, padded * 4, from, out + r * padded + n * lanes, padded);
-      for (; n < padded / lanes; n++)
-        value_block<M, 1>(groups.values, 64 * n, count, padded * 4, from, out + r * padded + n * lanes, padded);
-    });
+    value_blocks<FloatEngine>(rows, groups, count, padded, weights, out);
+  }
+};
+
+// bfloat16 as floats, for a few rows: pairs are widened in registers as they are read. The same sums in the same order as
+// FloatEngine<Floats> makes of slots that were widened before, so the same bits.
+struct WidenedPairs : FloatEngine<Floats> {
+  // Every sum plus one half of the pairs times what they share.
+  template <bool Second, int M, int N>
+  HL_INLINE void add_half(const I (&pairs)[N], const uint8_t* shared, int64_t stride, F (&sums)[M][N]) {
+    F vector[N];
+    HL_UNROLL for (int n = 0; n < N; n++) vector[n] =
+        from_bits(Second ? andi(pairs[n], set1i(static_cast<int32_t>(0xFFFF0000u))) : shl<16>(pairs[n]));
+    HL_UNROLL for (int m = 0; m < M; m++) {
+      const F a = from_bits(unit(shared + m * stride));
+      HL_UNROLL for (int n = 0; n < N; n++) sums[m][n] = fma(vector[n], a, sums[m][n]);
+    }
+  }
+
+  template <int M, int N>
+  HL_APART void score_block(const uint8_t* const* keys, int64_t head_size, const uint8_t* q, int64_t stride,
+                            float* scores) {
+    F sums[M][N];
+    HL_UNROLL for (int m = 0; m < M; m++) HL_UNROLL for (int n = 0; n < N; n++) sums[m][n] = zero();
+    for (int64_t d = 0; d < head_size; d += 2) {
+      I pairs[N];
+      HL_UNROLL for (int n = 0; n < N; n++) pairs[n] = load_bits(keys[n] + 32 * d);
+      add_half<false>(pairs, q + 4 * d, stride, sums);
+      if (d + 1 < head_size) add_half<true>(pairs, q + 4 * d + 4, stride, sums);
+    }
+    HL_UNROLL for (int m = 0; m < M; m++) HL_UNROLL for (int n = 0; n < N; n++)
+        store(scores + m * HL_SPAN + n * HL_SLOTS, sums[m][n]);
+  }
+
+  static void score(int rows, const Groups& groups, int n_groups, int32_t head_size, const uint8_t* q, int64_t stride,
+                    float* scores) {
+    score_blocks<WidenedPairs>(rows, groups, n_groups, head_size, q, stride, scores);
+  }
+
+  template <int M, int N>
+  HL_APART void value_block(const uint8_t* const* values, int64_t column, int64_t count, int64_t row,
+                            const uint8_t* weights, float* out, int64_t padded) {
+    F sums[M][N];
+    HL_UNROLL for (int m = 0; m < M; m++) HL_UNROLL for (int n = 0; n < N; n++) sums[m][n] = zero();
+    for (int64_t slot = 0; slot < count; slot += 2) {
+      const uint8_t* from = values[slot / HL_SLOTS] + column + slot % HL_SLOTS / 2 * row;
+      I pairs[N];
+      HL_UNROLL for (int n = 0; n < N; n++) pairs[n] = load_bits(from + 64 * n);
+      add_half<false>(pairs, weights + 4 * slot, weight_bytes, sums);
+      if (slot + 1 < count) add_half<true>(pairs, weights + 4 * slot + 4, weight_bytes, sums);
+    }
+    HL_UNROLL for (int m = 0; m < M; m++) HL_UNROLL for (int n = 0; n < N; n++)
+        store(out + m * padded + n * lanes, sums[m][n]);
+  }
+
+  static void value(int rows, const Groups& groups, int64_t count, int64_t padded, const uint8_t* weights, float* out) {
+    value_blocks<WidenedPairs>(rows, groups, count, padded, weights, out);
   }
 };
 

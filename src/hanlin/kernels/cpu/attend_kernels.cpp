@@ -191,6 +191,7 @@ void attend(const Attention& what, const AttendTask& task, void* scratch) {
     case HL_KV_F32:
       return attend_with<FloatEngine<Floats>>(what, task, false, scratch);
     case HL_KV_BF16:
+      if (widens_bf16 && task.row1 - task.row0 <= group_rows) return attend_with<WidenedPairs>(what, task, false, scratch);
       return attend_with<Bf16Engine>(what, task, widens_bf16, scratch);
     case HL_KV_INT8:
       return attend_with<CodeEngine<HL_KV_INT8>>(what, task, false, scratch);

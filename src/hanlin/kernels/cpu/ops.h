@@ -43,6 +43,18 @@ static inline uint8_t* kv_slots(const hl_kv& kv, int64_t block, int64_t head, in
          ((block * kv.heads + head) * groups + offset / HL_SLOTS) * kv_slots_bytes(kv);
 }
 
+// Asks for the memory that writing a slot of one head will touch: all lines of the keys beside it, as they lie by
+// dimensions, and its values.
+static inline void kv_fetch(const hl_kv& kv, int64_t slot, int64_t head) {
+  const int64_t offset = slot % kv.block_size, keys = kv_keys_bytes(kv), values = kv_values_bytes(kv);
+  const uint8_t* part = kv_slots(kv, slot / kv.block_size, head, offset);
+  for (int64_t i = 0; i < keys; i += 64) __builtin_prefetch(part + i, 1);
+  const int64_t unit = kv.kind == HL_KV_F32 ? 1 : kv.kind == HL_KV_BF16 ? 2 : 4, a_unit = values / (HL_SLOTS / unit);
+  const uint8_t* mine = part + keys + offset % HL_SLOTS / unit * a_unit;
+  for (int64_t i = 0; i < a_unit; i += 64) __builtin_prefetch(mine + i, 1);
+  if (kv_has_params(kv.kind)) __builtin_prefetch(part + keys + values, 1);
+}
+
 // Keys and values of one head of some tokens, ldk and ldv floats apart.
 struct KvRows {
   const float *k, *v;

@@ -122,6 +122,9 @@ class Run {
       const int64_t t = i % rows, slot = step_.slots[t], most = std::min(rows - t, mine.end - i);
       int64_t count = 1;  // of tokens whose slots lie together
       while (count < most && step_.slots[t + count] == slot + count && (slot + count) % HL_SLOTS != 0) count++;
+      // Those of another sequence are elsewhere in memory.
+      if (const int64_t ahead = i + 2; count == 1 && ahead < mine.end)
+        kv_fetch(kv, step_.slots[ahead % rows], ahead / rows);
       float* first = stage.in + t * stage.in_stride;
       for (int64_t n = 0; n < count && op.rotary > 0; n++) {
         float* row = first + n * stage.in_stride;
