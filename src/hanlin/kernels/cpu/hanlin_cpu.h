@@ -40,7 +40,7 @@ HL_API const char* hl_last_error(void); /* of this thread's last failing call; n
 
 /* ---- instruction sets and threads ---------------------------------------------------------------------------- */
 
-/* Names, best first: "amx" (all of the next one, VBMI, and AMX's tiles of INT8 and BF16, if the system grants them),
+/* Names, best first: "amx" (all of the next one, and AMX's tiles of INT8 and BF16, if the system grants them),
  * "avx512_bf16" (AVX-512 F/BW/DQ/VL + VNNI + BF16), "avx512_vnni", "avx512", "avx2_vnni" (AVX2 + FMA + F16C +
  * AVX-VNNI), "avx2", "neon" (AArch64 with dot product), "portable". Only those compiled for this architecture
  * are listed. */

@@ -89,8 +89,7 @@ Features detect() {
   f.avx512_vnni = f.avx512 && (r7[c] >> 11 & 1);
   f.avx512_bf16 = f.avx512_vnni && (r71[a] >> 5 & 1);
   const unsigned tiles = 1u << 22 | 1u << 24 | 1u << 25;  // BF16, TILE, INT8
-  const bool vbmi = r7[c] >> 1 & 1;  // with which weights are unpacked for tiles
-  f.amx = f.avx512_bf16 && vbmi && (r7[d] & tiles) == tiles && (state & 0x60000) == 0x60000;
+  f.amx = f.avx512_bf16 && (r7[d] & tiles) == tiles && (state & 0x60000) == 0x60000;
   return f;
 }
 
