@@ -141,7 +141,7 @@ void bf16_panel(const hl_weight& weight, const uint8_t* tile, const Panel& x, Re
 template <int Kind>
 bool wants_tiles(int64_t rows, int64_t in) {
   if (Kind == HL_F32 || Kind == HL_BF16) return Kind == HL_BF16 && rows > 4;
-  return rows > 8 && in <= most_on_tiles;
+  return rows > 7 && in <= most_on_tiles;
 }
 
 template <int Kind>
