@@ -476,7 +476,8 @@ def main() -> None:
         print("\n\n".join(page(all_bars, kept)))
         print(f"\nFor --only: {', '.join(names)}")
     else:
-        report.write("peers", "Against other engines, and against the machine's limits", *page(all_bars, kept))
+        pages = [part.replace(f"{given.work}/", "") for part in page(all_bars, kept)]  # where models lie is this machine's
+        report.write("peers", "Against other engines, and against the machine's limits", *pages)
 
 
 if __name__ == "__main__":
