@@ -476,7 +476,7 @@ def main() -> None:
         print("\n\n".join(page(all_bars, kept)))
         print(f"\nFor --only: {', '.join(names)}")
     else:
-        pages = [part.replace(f"{given.work}/", "") for part in page(all_bars, kept)]  # where models lie is this machine's
+        pages = [part.replace(f"{given.work}/", "") for part in page(all_bars, kept)]  # of no interest elsewhere
         report.write("peers", "Against other engines, and against the machine's limits", *pages)
 
 
