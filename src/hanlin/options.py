@@ -37,8 +37,8 @@ class EngineConfig:
         runner: auto, native (the CPU library) or torch (any device, the reference).
         speculation: auto guesses tokens from the text so far where that pays, off does not; the reply is the same.
         draft_model: a small model of the same vocabulary to guess with, instead.
-        step_seconds: how long prompts may make a step last while others are answered (every other step three
-            times as long, for short prompts together), and eight times as long while nobody is; 0 does not care.
+        step_seconds: how long prompts may make a step last while others are answered, and eight times as long while
+            nobody is; every other step three times that, for prompts that end with it. 0 does not care.
         cache_max_entry_count: of the KV cache: a fraction of the free memory, or a number of blocks; None takes what
             `max_batch_size` short or a few long conversations need, and half of the free memory at most.
         cache_bytes: of the KV cache: its size in bytes, instead.

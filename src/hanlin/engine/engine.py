@@ -35,8 +35,8 @@ class EngineLimits:
         max_sequences: sequences in one step at most.
         max_step_tokens: tokens in one step at most (a bidirectional prefix may exceed it).
         prefix_caching: keep computed blocks for texts that start alike.
-        step_seconds: how long prompts may make a step last while others decode (three times as long every other step,
-            for short ones together), and eight times as long while nobody does; 0 does not look.
+        step_seconds: how long prompts may make a step last while others decode, and eight times as long while nobody
+            does; every other step three times that, for prompts that end with it. 0 does not look.
     """
 
     blocks: int
